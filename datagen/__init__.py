@@ -1,0 +1,1 @@
+"""Floor 1: turns pictures into WebDataset shards, and clean patches into degraded ones."""
