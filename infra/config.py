@@ -128,7 +128,9 @@ def _fields_at(schema: type[BaseModel], location: Sequence[str]) -> set[str]:
     """Field names allowed at a key path; list indices and union tags on the way are passed over."""
     models = {schema}
     for part in location:
-        below = {m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)}
+        below = {
+            m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)
+        }
         models = below or models
     return {name for model in models for name in model.model_fields}
 

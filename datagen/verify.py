@@ -1,0 +1,205 @@
+"""Verify: from the output alone, proof that nothing was lost on the way and nothing was damaged since."""
+
+import collections
+import concurrent.futures
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from datagen.dataset import (
+    CONFIG,
+    SELECTION,
+    DatasetError,
+    dataset_id,
+    read_dataset_json,
+    read_samples,
+    read_shards,
+    read_table,
+    sha256_of_object,
+    shard_key,
+)
+from datagen.progress import Progress
+from datagen.scan import read_inventory
+from datagen.select import count_verdicts
+from infra.storage import NotFoundError, Store
+
+_THREADS = 4  # Hashing releases the interpreter lock, and a bucket answers several requests at once.
+
+
+class Check(NamedTuple):
+    """One thing proved, or the first few reasons why it is not."""
+
+    name: str
+    proved: str
+    faults: list[str]
+
+
+def verify(store: Store) -> list[Check]:
+    """Run every check on a dataset; it holds when no check has faults.
+
+    Raises:
+        DatasetError: there is no dataset to check, or a table that the others are checked against is damaged.
+    """
+    description = read_dataset_json(store)
+    shards, samples = read_shards(store), read_samples(store)
+    try:
+        selection = read_table(store, SELECTION)
+        inventory = read_inventory(store, ["source", "sha256", "verdict"])
+    except (NotFoundError, pa.ArrowInvalid, KeyError) as error:
+        raise DatasetError(f"{store.uri}: {error}; `python -m datagen build` renews it") from None
+    return [
+        _check_files(store, description),
+        _check_accounting(description, inventory, selection),
+        _check_identity(description, shards, samples),
+        _check_keys(samples),
+        _check_sources(inventory, selection, samples),
+        _check_shards(store, shards, samples),
+    ]
+
+
+def table(checks: list[Check]) -> str:
+    """The checks as text, one line each, with up to five faults of each below it."""
+    lines = []
+    for check in checks:
+        lines.append(f"{'FAILED' if check.faults else 'ok':<7}{check.name:<26}{check.proved}")
+        lines += [f"         - {fault}" for fault in check.faults[:5]]
+        if len(check.faults) > 5:
+            lines.append(f"         - and {len(check.faults) - 5} more")
+    return "\n".join(lines)
+
+
+def _check_files(store: Store, description: dict[str, Any]) -> Check:
+    files: dict[str, str] = description["files"]
+
+    def fault_of(key: str) -> str | None:
+        return _differs(store, key, files[key], "build")
+
+    return Check("tables are unchanged", f"{len(files)} files", list(_faults(fault_of, sorted(files))))
+
+
+def _check_accounting(description: dict[str, Any], inventory: pa.Table, selection: pa.Table) -> Check:
+    counts = count_verdicts(selection)
+    rejected, failed = sum(counts["rejected"].values()), sum(counts["failed"].values())
+    faults = []
+    if inventory.num_rows != counts["kept"] + rejected + failed:
+        faults.append(f"{inventory.num_rows} inputs, but {counts['kept']} + {rejected} + {failed} verdicts")
+    if inventory.column("source") != selection.column("source"):
+        faults.append("inventory and selection do not list the same pictures")
+    listed = description["totals"]
+    if any(listed[name] != counts[name] for name in ("inputs", "kept", "rejected", "failed")):
+        faults.append("dataset.json counts differ from the selection's")
+    if None in selection.column("reason").to_pylist() or any(
+        bool(reason) == (verdict == "kept")
+        for verdict, reason in zip(selection.column("verdict").to_pylist(), selection.column("reason").to_pylist())
+    ):
+        faults.append("a picture is rejected without a reason, or kept with one")
+    proved = f"{inventory.num_rows} inputs = {counts['kept']} kept + {rejected} rejected + {failed} failed"
+    return Check("every input accounted for", proved, faults)
+
+
+def _check_identity(description: dict[str, Any], shards: pa.Table, samples: pa.Table) -> Check:
+    actual = dataset_id(shards, samples)
+    faults = [] if actual == description["id"] else [f"dataset.json says {description['id']}, the tables give {actual}"]
+    return Check("dataset id", actual[:16], faults)
+
+
+def _check_keys(samples: pa.Table) -> Check:
+    keys = samples.column("key").to_pylist()
+    faults = [f"{key} occurs {count} times" for key, count in collections.Counter(keys).items() if count > 1]
+    faults += [f"{key} holds a dot, at which WebDataset would split it" for key in keys if "." in key]
+    return Check("keys are unique", f"{len(keys)} keys", faults)
+
+
+def _check_sources(inventory: pa.Table, selection: pa.Table, samples: pa.Table) -> Check:
+    hashes = dict(zip(inventory.column("source").to_pylist(), inventory.column("sha256").to_pylist()))
+    planned = {
+        (row["source"], *(tile[name] for name in ("x", "y", "width", "height")))
+        for row in selection.select(["source", "tiles"]).to_pylist()
+        for tile in row["tiles"]
+    }
+    faults = []
+    packed = set()
+    for row in samples.select(["key", "source", "source_sha256", "x", "y", "width", "height"]).to_pylist():
+        crop = (row["source"], row["x"], row["y"], row["width"], row["height"])
+        packed.add(crop)
+        if hashes.get(row["source"]) != row["source_sha256"]:
+            faults.append(f"sample {row['key']}: {row['source']} with that sha256 is not in the inventory")
+        if crop not in planned:
+            faults.append(f"sample {row['key']}: its crop of {row['source']} was not selected")
+    missing = sorted(planned - packed)
+    faults += [f"{source}: the selected crop at {x},{y} is in no shard" for source, x, y, _, _ in missing]
+    proved = f"{len(packed)} crops of {len({crop[0] for crop in packed})} pictures"
+    return Check("samples and selection agree", proved, faults)
+
+
+def _check_shards(store: Store, shards: pa.Table, samples: pa.Table) -> Check:
+    rows_of: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    for row in samples.to_pylist():
+        rows_of[row["shard"]].append(row)
+    listed = shards.to_pylist()
+    progress = Progress("verify", len(listed), "shards")
+
+    def fault_of(shard: dict[str, Any]) -> str | None:
+        return _shard_fault(store, shard, rows_of[shard["name"]])
+
+    faults = []
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        for fault in pool.map(fault_of, listed):
+            progress.advance(1)
+            faults += [fault] if fault else []
+    progress.finish()
+    there = {entry.key for entry in store.list("shards/")}
+    for key in sorted(there - {shard_key(shard["name"]) for shard in listed}):
+        faults.append(f"{store.uri}/{key}: in no table; `python -m datagen pack` removes it")
+    proved = f"{len(listed)} shards, {samples.num_rows} samples, {sum(s['bytes'] for s in listed) / 1e6:.1f} MB"
+    return Check("shards and their members", proved, faults)
+
+
+def _shard_fault(store: Store, shard: dict[str, Any], rows: list[dict[str, Any]]) -> str | None:
+    key = shard_key(shard["name"])
+    if fault := _differs(store, key, shard["sha256"], "pack"):
+        return fault
+    data = store.read(key)
+    place = f"{store.uri}/{key}"
+    if len(data) != shard["bytes"] or len(rows) != shard["samples"]:
+        return f"{place}: {len(data)} bytes and {len(rows)} samples listed, shards.parquet says otherwise"
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        members = [(entry.name, entry.offset_data, entry.size) for entry in tar]
+    expected = [
+        member
+        for row in rows
+        for member in (
+            (row["member"], row["offset"], row["size"]),
+            (f"{row['key']}.json", row["json_offset"], row["json_size"]),
+        )
+    ]
+    if members != expected:
+        return f"{place}: its members are not those of samples.parquet"
+    for row in rows:
+        if hashlib.sha256(data[row["offset"] : row["offset"] + row["size"]]).hexdigest() != row["sha256"]:
+            return f"{place}: member {row['member']} does not have its sha256"
+        metadata = json.loads(data[row["json_offset"] : row["json_offset"] + row["json_size"]])
+        if (metadata["key"], metadata["sha256"], metadata["source"]) != (row["key"], row["sha256"], row["source"]):
+            return f"{place}: {row['key']}.json contradicts samples.parquet"
+    return None
+
+
+def _differs(store: Store, key: str, sha256: str, repair: str) -> str | None:
+    try:
+        if sha256_of_object(store, key) == sha256:
+            return None
+        found = "damaged (its sha256 differs)"
+    except NotFoundError:
+        found = "missing"
+    config = f"{store.uri}/{CONFIG}"
+    return f"{store.uri}/{key}: {found}; `python -m datagen {repair} --config {config}` makes it again, and only it"
+
+
+def _faults(check: Callable[[str], str | None], keys: list[str]) -> Iterator[str]:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        yield from (fault for fault in pool.map(check, keys) if fault)

@@ -1,0 +1,190 @@
+"""Run a training stage under the ``deepspeed`` launcher and believe only evidence.
+
+The launcher alone cannot be trusted: killed, it leaves its ranks running, and when its own child is
+killed it returns 0. So the stage runs in a session of its own that is torn down as a whole, and it
+counts as done only when its finished marker says so.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+MARKER = "finished.json"
+PROGRESS = "ird| "  # ranks begin a line with it when a person should see the line
+
+
+class StageFailed(RuntimeError):
+    """A stage ended without its finished marker. The message holds the end of its log."""
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage cost: wall seconds, and the peak resident memory of all its processes in bytes."""
+
+    seconds: float
+    peak_memory: int
+
+
+def run_deepspeed(
+    module: str,
+    config: Path,
+    overrides: Sequence[str],
+    out: Path,
+    *,
+    ranks: int | None = None,
+    hostfile: Path | None = None,
+    show: Callable[[str], None] = print,
+) -> StageReport:
+    """Launch ``deepspeed --module MODULE --config CONFIG OVERRIDES`` and wait for it.
+
+    Args:
+        module: a training entry point, ``training.pretrain`` for one.
+        out: the stage's folder. Its log goes to ``out``/log.txt, its marker is ``out``/finished.json.
+        ranks: processes on this host; with ``hostfile`` the slots of the hosts decide.
+        show: called with each progress line (those that ranks begin with ``PROGRESS``).
+
+    Raises:
+        StageFailed: the launcher failed, or returned 0 without a finished marker.
+    """
+    command = [str(Path(sys.executable).with_name("deepspeed"))]
+    command += ["--hostfile", str(hostfile)] if hostfile else []
+    command += ["--num_accelerators", str(ranks)] if ranks else []
+    command += [
+        "--master_port",
+        str(free_port()),
+        "--module",
+        module,
+        "--config",
+        str(config),
+        f"out={out}",
+        *overrides,
+    ]
+    return run_supervised(command, out, show=show, marker=out / MARKER, threads=1)
+
+
+def run_supervised(
+    command: Sequence[str],
+    out: Path,
+    *,
+    show: Callable[[str], None] = print,
+    marker: Path | None = None,
+    threads: int | None = None,
+) -> StageReport:
+    """Run ``command`` in a session of its own, log to ``out``/log.txt, and end the whole session with it.
+
+    Args:
+        show: called with each progress line (those that begin with ``PROGRESS``).
+        marker: file that must be there afterwards, whatever the exit code says.
+        threads: OMP_NUM_THREADS of the command where the environment does not set it.
+
+    Raises:
+        StageFailed: a non-zero exit code, or no marker. The message ends with the last lines of the log.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    log_path = out / "log.txt"
+    started = time.monotonic()
+    with open(log_path, "a") as log:
+        log.write(f"$ {shlex.join(command)}\n")
+        log.flush()
+        code, peak_memory = _supervise(command, log_path, log.fileno(), show, threads)
+    if code != 0 or (marker is not None and not marker.exists()):
+        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-40:])
+        reason = f"exit code {code}" if code else f"exit code 0 but no {marker}"
+        raise StageFailed(f"{shlex.join(command)}\nfailed ({reason}). Full log: {log_path}\n{tail}")
+    return StageReport(time.monotonic() - started, peak_memory)
+
+
+def read_marker(out: Path) -> dict[str, object] | None:
+    """The finished marker of a stage folder, or None when the stage has not finished."""
+    try:
+        marker: dict[str, object] = json.loads((out / MARKER).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return marker
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _supervise(
+    command: Sequence[str], log_path: Path, log: int, show: Callable[[str], None], threads: int | None
+) -> tuple[int, int]:
+    position = log_path.stat().st_size
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if threads is not None:
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    done = threading.Event()
+    follower = threading.Thread(target=_follow, args=(log_path, position, done, show), daemon=True)
+    follower.start()
+    peak_memory = 0
+    try:
+        while (code := process.poll()) is None:
+            peak_memory = max(peak_memory, sum(_resident(p) for p in session_processes(process.pid)))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)
+        return code, peak_memory
+    finally:
+        end_session(process.pid)
+        process.wait()
+        done.set()
+        follower.join()
+
+
+def session_processes(session: int) -> Iterator[psutil.Process]:
+    """Processes whose session id is ``session``: the launcher, its child and the ranks, orphans included."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError):
+            if os.getsid(process.pid) == session:
+                yield process
+
+
+def end_session(session: int, patience: float = 10.0) -> None:
+    """End every process of a session: SIGTERM, then after ``patience`` seconds SIGKILL."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        living = [p for p in session_processes(session) if p.status() != psutil.STATUS_ZOMBIE]
+        for process in living:
+            with contextlib.suppress(OSError, psutil.Error):
+                process.send_signal(sign)
+        psutil.wait_procs(living, timeout=patience)
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def _follow(path: Path, position: int, done: threading.Event, show: Callable[[str], None]) -> None:
+    with open(path, errors="replace") as log:
+        log.seek(position)
+        part = ""
+        while True:
+            last = done.is_set()
+            part += log.read()
+            *lines, part = part.split("\n")
+            for line in lines:
+                _, found, message = line.partition(PROGRESS)
+                if found:
+                    show(message)
+            if last:
+                return
+            done.wait(0.3)

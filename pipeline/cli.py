@@ -1,0 +1,193 @@
+"""``ird``: one command with a subcommand for each thing that a person runs.
+
+Imports of the floors below stand inside the commands, so that ``ird --help`` answers at once.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+    help="Curate image-restoration corpora, co-pretrain DyNet on them, restore pictures from the model registry.",
+)
+registry_app = typer.Typer(no_args_is_help=True, help="Models in the MLflow registry: push, list, pull, alias.")
+app.add_typer(registry_app, name="registry")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key=value", help="Settings that replace those of the file.")
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with the settings.")]
+
+
+@app.command(
+    epilog="Examples:\n\n`ird demo`\n\n`ird demo --source ~/photographs --out runs/mine`\n\n`ird demo ranks=1`",
+)
+def demo(
+    source: Annotated[
+        str, typer.Option(help="Folder of your own pictures; default: those that come with the dependencies.")
+    ] = "",
+    out: Annotated[str, typer.Option(help="Folder for everything that is made.")] = "",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """The whole mission once: curate, shard, train, evaluate, register, pull, restore, report.
+
+    Minutes on two CPU cores. Interrupt it and run it again: it goes on where it was.
+    """
+    from infra.launcher import StageFailed
+    from pipeline.demo import load_demo_config, run_demo
+
+    given = [f"source={source}"] * bool(source) + [f"out={out}"] * bool(out) + (overrides or [])
+    settings = load_demo_config(config, given)
+    try:
+        report = run_demo(settings, say=lambda line: print(line, flush=True))
+    except StageFailed as failure:
+        print(f"\n{failure}\nRun the same command again to go on from this stage.", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("\nInterrupted. Run the same command again to go on.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    root = report.parent
+    print(f"\nMade in {root}:")
+    for what, where in (
+        ("report", report),
+        ("dataset (WebDataset shards)", root / "dataset" / "out"),
+        ("DyNet weights, both variants", root / "finetune" / "out" / "export"),
+        ("restored pictures", root / "restore"),
+        ("registered model", f"models:/{settings.model_name}@{settings.alias}"),
+    ):
+        print(f"  {what:<30} {where}")
+    from infra.tracking import tracking_uri
+
+    print(f"  {'runs: mlflow ui':<30} --backend-store-uri {tracking_uri(settings.tracking)}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    epilog="Example:\n\n`ird datagen build --config configs/datagen/demo.yaml out=runs/dataset`",
+)
+def datagen(context: typer.Context) -> None:
+    """Curate and shard a corpus: scan, select, pack, verify, build (the same as `python -m datagen`)."""
+    from datagen.__main__ import main as datagen_main
+
+    raise typer.Exit(datagen_main(context.args))
+
+
+@app.command(
+    epilog="Example:\n\n`ird train pretrain --ranks 2 --config configs/training/pretrain_demo.yaml out=runs/pretrain`",
+)
+def train(
+    stage: Annotated[str, typer.Argument(help="pretrain, finetune, edsr or mzsr.")],
+    config: Annotated[Path, typer.Option("--config", help="YAML file, see configs/training/.")],
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes on this host; default: one for each accelerator.")
+    ] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="DeepSpeed hostfile for several hosts.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run a training stage under the `deepspeed` launcher, and end all its processes with it."""
+    from infra.config import ConfigError
+    from infra.launcher import StageFailed, run_deepspeed
+
+    stages = ("pretrain", "finetune", "edsr", "mzsr")
+    if stage not in stages:
+        raise ConfigError(f"stage {stage!r}: one of {', '.join(stages)}")
+    out = next((o.removeprefix("out=") for o in overrides or [] if o.startswith("out=")), None)
+    if out is None:
+        raise ConfigError("out=FOLDER is required: where checkpoints, log and export go")
+    try:
+        run_deepspeed(f"training.{stage}", config, overrides or [], Path(out), ranks=ranks, hostfile=hostfile)
+    except StageFailed as failure:
+        print(failure, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.command(
+    epilog="Examples:\n\n`ird restore --model models:/ird-demo@demo --variant small noisy.png clean.png`\n\n"
+    "`ird restore --model runs/demo/finetune/out/export --variant large noisy/ restored/`",
+)
+def restore(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A picture, or a folder of pictures.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A file name, or a folder.")],
+    model: Annotated[str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or an export folder.")],
+    variant: Annotated[str, typer.Option(help="Which variant of the model: small or large for DyNet.")] = "",
+    tile: Annotated[int, typer.Option(help="Side of the tiles that large pictures are restored in, pixels.")] = 512,
+) -> None:
+    """Restore pictures with a model from the registry or from an export folder."""
+    from pipeline.restore import restore_files
+
+    raise typer.Exit(restore_files(model, source, out, variant=variant or None, tile=tile))
+
+
+@app.command(epilog="Examples:\n\n`ird degrade clean.png degraded.png --recipe all_in_one_3 --seed 7`")
+def degrade(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A picture.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Where the degraded picture goes; OUT.json says what was done.")
+    ],
+    recipe: Annotated[str, typer.Option(help="Name in configs/degradations/, or a path.")] = "all_in_one_3",
+    seed: Annotated[int, typer.Option(help="Another seed draws other degradations.")] = 0,
+) -> None:
+    """Degrade a picture by a recipe, and write down what was done so that it can be replayed."""
+    from pipeline.degrade import degrade_file
+
+    degrade_file(source, out, recipe, seed)
+
+
+@app.command(epilog="Example:\n\n`ird models --size 224`")
+def models(
+    size: Annotated[int, typer.Option(help="Side of the picture that costs are counted for, pixels.")] = 224,
+) -> None:
+    """List models and variants with their parameters and multiply-accumulates."""
+    from pipeline.models import print_models
+
+    print_models(size)
+
+
+@app.command(epilog="Example:\n\n`ird evaluate --config configs/training/evaluate_demo.yaml out=runs/evaluate`")
+def evaluate(
+    config: Annotated[Path, typer.Option("--config", help="YAML file, see configs/training/evaluate_demo.yaml.")],
+    overrides: Overrides = None,
+) -> None:
+    """Measure exports on held-out pictures: PSNR and SSIM beside the degraded input and bicubic."""
+    from infra.config import load_config
+    from training.evaluate import EvaluateConfig
+    from training.evaluate import evaluate as run
+
+    raise typer.Exit(run(load_config(EvaluateConfig, config, overrides or [])))
+
+
+@app.command(epilog="Example:\n\n`ird report runs/demo`")
+def report(root: Annotated[Path, typer.Argument(help="Folder of a demo run.")]) -> None:
+    """Write the self-contained HTML page of a run anew."""
+    from pipeline.report import write_report
+
+    print(write_report(root, root / "report.html"))
+
+
+@app.command(epilog="Examples:\n\n`ird doctor`\n\n`ird doctor --hostfile hostfile --s3 s3://bucket/prefix`")
+def doctor(
+    hostfile: Annotated[Path | None, typer.Option(help="DeepSpeed hostfile whose hosts must answer.")] = None,
+    s3: Annotated[str | None, typer.Option(help="s3:// prefix that must be reachable.")] = None,
+) -> None:
+    """Check this machine and print the fix for what is wrong."""
+    from infra.doctor import print_report, run_checks
+
+    raise typer.Exit(print_report(run_checks(hostfile=hostfile, s3_uri=s3)))
+
+
+def main() -> None:
+    """Entry point of the ``ird`` command: refusals are one clear message and exit code 2, never a traceback."""
+    from infra.config import ConfigError
+
+    try:
+        app()
+    except ConfigError as error:
+        print(f"ird: {error}", file=sys.stderr)
+        sys.exit(2)

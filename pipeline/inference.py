@@ -1,0 +1,263 @@
+"""A trained network on one picture of any size: variants, tiles with blended overlaps, zero-shot adaptation.
+
+Knows nothing of files but the export that it loads, because this module and what it imports travel inside each
+registered model.
+"""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from datagen.degradations.kernels import MZSR_SIZE, gaussian_kernel
+from datagen.degradations.resample import imresize
+from infra.config import Config
+from infra.files import sha256_of_file
+from training.adaptation import inner_step, shrink_blurred
+from training.export import CONFIG, WEIGHTS, ExportError, load_export
+from training.models import DyNetConfig, ModelConfig, scale_of, variants_of
+from training.models.inputs import check_variant
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+_ALIGNMENT = 8  # DyNet works on blocks of 8 pixels: tiles that start on a multiple see the blocks of the whole picture
+_ADAPTATION_LRS = (0.02,)  # one step, as in the paper's "one-step adaptation"
+
+
+class RestoreOptions(Config):
+    """How a picture is restored. A default that reads "the model's" is resolved by ``resolve_options``."""
+
+    # A name, or for DyNet the depths of the four levels, as "[2,4,4,6]". Empty: the model's last, which is its largest.
+    variant: str = ""
+    # Side of a tile in input pixels; a picture that fits is done whole. 0: always whole, whatever memory it takes.
+    tile: Annotated[int, Field(ge=0)] = 512
+    overlap: Annotated[int, Field(ge=0)] = 32  # input pixels that neighbouring tiles share
+    # MZSR alone. 0: the factor that the model was trained for.
+    scale: Annotated[int, Field(ge=0, le=4)] = 0
+    # MZSR alone: variance in px² of the Gaussian blur that the picture is assumed to have gone through, isotropic,
+    # on the grid of the result. 0: as many px² as the scale, near the middle of the kernels that MZSR trains on.
+    kernel_variance: Annotated[float, Field(ge=0, le=400)] = 0.0
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network in evaluation mode on its device, what it is, and the sha256 of the export it came from."""
+
+    network: nn.Module
+    config: ModelConfig
+    metadata: dict[str, Any]
+    sha256: str
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the network learns from each picture before it enlarges it."""
+        return self.config.name == "mzsr"
+
+
+def load_model(export: Path, device: str | torch.device | None = None) -> LoadedModel:
+    """Load an export folder (``training.export``) onto ``device``; by default CUDA where there is one.
+
+    Raises:
+        ExportError: the folder holds no export, a damaged one, or a model that is not for three channels.
+    """
+    network, config, metadata = load_export(export)
+    if config.channels != 3:
+        raise ExportError(f"{export}: built for {config.channels} channel(s); pictures are restored in three")
+    target = (
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    return LoadedModel(network.to(target).eval().requires_grad_(False), config, metadata, export_sha256(export))
+
+
+def export_sha256(export: Path) -> str:
+    """One sha256 over both files of an export folder.
+
+    Raises:
+        ExportError: a file is missing.
+    """
+    digest = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        if not (export / name).is_file():
+            raise ExportError(f"{export / name}: missing; expected an export folder with {CONFIG} and {WEIGHTS}")
+        digest.update(f"{name} {sha256_of_file(export / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def offered_options(config: ModelConfig, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The options that mean something to this kind of model, with the values that it takes when none are given."""
+    defaults = RestoreOptions()
+    offered: dict[str, Any] = {"variant": variants_of(config)[-1], "tile": defaults.tile, "overlap": defaults.overlap}
+    if config.name == "mzsr":
+        offered |= {"scale": int(metadata.get("scale", 2)), "kernel_variance": defaults.kernel_variance}
+    return offered
+
+
+def resolve_options(model: LoadedModel, options: RestoreOptions) -> RestoreOptions:
+    """Fill in what ``options`` leaves to the model, after checking that they suit it.
+
+    Raises:
+        ValueError: no such variant, an overlap that does not suit the tile, or an option of another kind of model.
+    """
+    if options.tile and options.tile < 8 * _ALIGNMENT:
+        raise ValueError(f"tile {options.tile}: at least {8 * _ALIGNMENT}, or 0 for the whole picture at once")
+    if options.tile and options.overlap > options.tile // 2:
+        raise ValueError(f"overlap {options.overlap}: at most half the tile, {options.tile // 2}")
+    offered = offered_options(model.config, model.metadata)
+    given = {name for name, value in options if value != type(options).model_fields[name].default}
+    foreign = sorted(given - offered.keys())
+    if foreign:
+        raise ValueError(f"{', '.join(foreign)}: not an option of {model.config.name}; it has {', '.join(offered)}")
+    variant = options.variant or offered["variant"]
+    if isinstance(model.config, DyNetConfig):
+        model.network.depth_of(parse_variant(variant))  # type: ignore[operator]
+    else:
+        check_variant(variant, variants_of(model.config), model.config.name)
+    scale = options.scale or offered.get("scale", 0)
+    variance = options.kernel_variance or float(scale)
+    return options.model_copy(update={"variant": variant, "scale": scale, "kernel_variance": variance})
+
+
+def restore_array(
+    model: LoadedModel,
+    picture: np.ndarray,
+    options: RestoreOptions | None = None,
+    *,
+    notify: Callable[[str], None] = warnings.warn,
+) -> np.ndarray:
+    """Restore one picture, in tiles when it is larger than ``options.tile``.
+
+    Networks that look at the whole picture (the attention of DyNet does) see one tile at a time, so that a tiled
+    result differs a little from the whole one. Memory beyond input and result is that of one tile.
+
+    Args:
+        picture: float32 [H, W, 3] in [0, 1].
+        notify: told when a zero-shot adaptation did not help and bicubic enlargement was done instead.
+
+    Returns:
+        float32 [scale H, scale W, 3] in [0, 1].
+
+    Raises:
+        ValueError: the picture has another shape or dtype, or the options do not suit the model.
+    """
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.float32 or 0 in picture.shape:
+        raise ValueError(f"expected float32 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
+    options = resolve_options(model, options or RestoreOptions())
+    image = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))[None]
+    device = next(model.network.parameters()).device
+    if model.adapts:
+        scale = options.scale
+        restore = _adapted(model.network, image.to(device), options, notify)
+    else:
+        variant = parse_variant(options.variant)
+        scale = scale_of(model.config, options.variant)
+
+        def restore(tile: torch.Tensor) -> torch.Tensor:
+            return model.network(tile, variant)
+
+    with torch.inference_mode():
+        result = _in_tiles(lambda tile: restore(tile.to(device)).cpu(), image, scale, options.tile, options.overlap)
+    return np.ascontiguousarray(result.clamp(0, 1)[0].permute(1, 2, 0).numpy())
+
+
+def parse_variant(variant: str) -> str | list[int]:
+    """``"small"`` as it is, ``"[2,4,4,6]"`` as a list of depths. The network refuses what it does not have."""
+    if not variant.startswith("["):
+        return variant
+    try:
+        return [int(depth) for depth in variant.strip("[] ").split(",")]
+    except ValueError:
+        raise ValueError(f"variant {variant!r}: expected a name, or four depths such as [2,4,4,6]") from None
+
+
+def _adapted(
+    network: nn.Module, image: torch.Tensor, options: RestoreOptions, notify: Callable[[str], None]
+) -> Forward:
+    """The enlargement of an MZSR network that has adapted to ``image``, or bicubic if that went wrong.
+
+    Adaptation looks at no more than one tile from the middle, because its memory grows with the picture.
+    """
+
+    def bicubic(tile: torch.Tensor) -> torch.Tensor:
+        return imresize(tile, options.scale)
+
+    sides = [min(side, options.tile or side) // options.scale * options.scale for side in image.shape[-2:]]
+    if min(sides) < MZSR_SIZE * options.scale:
+        notify(f"too small to adapt to ({image.shape[-1]}x{image.shape[-2]}); enlarged by bicubic")
+        return bicubic
+    top, left = ((side - kept) // 2 for side, kept in zip(image.shape[-2:], sides))
+    target = image[..., top : top + sides[0], left : left + sides[1]]
+    kernel = gaussian_kernel(MZSR_SIZE, options.kernel_variance, options.kernel_variance)
+    weights, before, after = _adapt(network, target, kernel, options.scale)
+    if not after < before:
+        notify(f"adaptation did not help (loss {before:.4f} before, {after:.4f} after); enlarged by bicubic")
+        return bicubic
+    return lambda tile: functional_call(network, weights, (bicubic(tile),))
+
+
+def _adapt(
+    network: nn.Module, target: torch.Tensor, kernel: torch.Tensor, scale: int
+) -> tuple[dict[str, torch.Tensor], float, float]:
+    """Weights after adaptation to ``target``, and the loss on it before and after.
+
+    The steps of ``training.adaptation.adapt_and_enlarge``, which hands out a picture and keeps the weights that
+    tiles need.
+    """
+    son = imresize(shrink_blurred(target, kernel, scale), scale)
+    weights = {name: value.detach() for name, value in network.named_parameters()}
+    losses = []
+    for lr in _ADAPTATION_LRS:
+        leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
+        weights, loss = inner_step(network, leaves, son, target, lr)
+        losses.append(float(loss))
+    weights = {name: value.detach() for name, value in weights.items()}
+    with torch.no_grad():
+        losses.append(float(functional.l1_loss(functional_call(network, weights, (son,)), target)))
+    return weights, losses[0], losses[-1]
+
+
+def _in_tiles(restore: Forward, image: torch.Tensor, scale: int, tile: int, overlap: int) -> torch.Tensor:
+    """``restore(image)``, put together from tiles that fade into each other where they overlap."""
+    height, width = image.shape[-2:]
+    rows, columns = _spans(height, tile, overlap), _spans(width, tile, overlap)
+    if len(rows) == len(columns) == 1:
+        return restore(image)
+    row_weights, column_weights = _fades(rows, scale), _fades(columns, scale)
+    result = image.new_zeros(*image.shape[:2], height * scale, width * scale)
+    for (top, bottom), row_weight in zip(rows, row_weights):
+        for (left, right), column_weight in zip(columns, column_weights):
+            part = restore(image[..., top:bottom, left:right])
+            place = result[..., top * scale : bottom * scale, left * scale : right * scale]
+            place += part * row_weight[:, None] * column_weight
+    return result
+
+
+def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """Evenly spread (start, end) that cover ``length``, start on the alignment and share ``overlap`` or more."""
+    if tile == 0 or length <= tile:
+        return [(0, length)]
+    # Aligning a start moves it by less than one alignment, which must not eat into the overlap.
+    count = math.ceil((length - tile) / (tile - overlap - _ALIGNMENT)) + 1
+    starts = [math.ceil((length - tile) * i / (count - 1) / _ALIGNMENT) * _ALIGNMENT for i in range(count)]
+    return [(start, min(start + tile, length)) for start in starts]
+
+
+def _fades(spans: list[tuple[int, int]], scale: int) -> list[torch.Tensor]:
+    """For each span the share [scale * (end - start)] that it has in the result; the shares at a place sum to 1."""
+    shares = torch.zeros(len(spans), scale * spans[-1][1])
+    for share, (start, end), before, after in zip(shares, spans, [None, *spans], [*spans[1:], None]):
+        places = torch.arange(scale * start, scale * end) + 0.5
+        rise = (places - scale * start) / (scale * (before[1] - start)) if before else torch.ones(len(places))
+        fall = (scale * end - places) / (scale * (end - after[0])) if after else torch.ones(len(places))
+        share[scale * start : scale * end] = torch.minimum(rise, fall).clamp(max=1)
+    shares /= shares.sum(dim=0)
+    return [share[scale * start : scale * end] for share, (start, end) in zip(shares, spans)]

@@ -1,0 +1,199 @@
+"""Picture files in and out, losing nothing on the way that a person would miss.
+
+Grey stays grey, transparency stays, 16 bits stay 16 where the format can hold them, the ICC profile stays, and the
+EXIF orientation is applied to the pixels. Other metadata (camera, place, thumbnail) is not carried over.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import tifffile
+from PIL import Image, UnidentifiedImageError
+
+from infra.files import write_atomically
+from pipeline.samples import to_float, to_integers
+
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+SUFFIXES = tuple(_FORMATS)
+_EXIF_ORIENTATION = 0x0112
+# Restoring is no reason to lose quality again: JPEG near the top of its range, everything else without loss.
+_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "PNG": {},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True, "exact": True},
+    "TIFF": {"compression": "tiff_adobe_deflate"},
+}
+
+
+class PictureError(ValueError):
+    """A picture cannot be read or written. The message says what is wrong with it, without its path."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Upright pixels in the colour space of the file.
+
+    ``pixels`` float32 [H, W, 3] in [0, 1], three equal channels when ``grey``; ``alpha`` float32 [H, W] in [0, 1]
+    or None; ``bits`` a sample, 8 or 16; ``icc`` the profile's bytes or None.
+    """
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None = None
+    grey: bool = False
+    bits: int = 8
+    icc: bytes | None = None
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """Paths below ``folder``, relative to it and sorted, of the files whose suffix is in ``SUFFIXES``.
+
+    What is hidden is passed over; unpublished temporary files are hidden.
+    """
+    found = (
+        path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.parts))
+
+
+def read_picture(path: Path) -> Picture:
+    """Decode the whole of a PNG, JPEG, WebP or TIFF file; its content counts, not its suffix.
+
+    Raises:
+        PictureError: not such a picture, damaged, animated or of several pages, neither grey nor RGB, of
+            other than 8 or 16 bits a sample, or beyond Pillow's guard against decompression bombs (179 million pixels).
+        OSError: the file cannot be read.
+    """
+    data = path.read_bytes()
+    with _faults_named(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data), formats=[*set(_FORMATS.values()), "MPO"]) as image:
+            # A multi-picture JPEG (MPO) is what phones write: its first picture is the photograph.
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                raise PictureError("animated, or of several pages")
+            stored = _stored_mode(image)
+            # Refuses what is damaged. For a TIFF it also applies the orientation, and forgets the tag.
+            image.load()
+            samples = _samples_of_16_bits(data) if ";16" in stored else _samples_of_8_bits(image)
+            samples = _upright(samples, image.getexif().get(_EXIF_ORIENTATION, 1))
+            icc = image.info.get("icc_profile")
+    grey = samples.shape[2] <= 2 or (";16" in stored and stored.startswith("LA"))
+    values = to_float(samples)
+    alpha = values[..., -1] if values.shape[2] in (2, 4) else None
+    pixels = np.repeat(values[..., :1], 3, axis=2) if grey else values[..., :3]
+    return Picture(np.ascontiguousarray(pixels), alpha, grey, 8 * samples.dtype.itemsize, icc)
+
+
+def write_picture(path: Path, picture: Picture) -> None:
+    """Publish ``picture`` as ``path`` in one step, in the format that the suffix names.
+
+    PNG, WebP and TIFF are lossless, JPEG has quality 95 without chroma sub-sampling. JPEG and WebP hold 8 bits.
+
+    Raises:
+        PictureError: another suffix, or transparency in a JPEG.
+    """
+    kind = _FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise PictureError(
+            f"cannot write {path.suffix or 'a file without suffix'}; choose one of {', '.join(SUFFIXES)}"
+        )
+    if kind == "JPEG" and picture.alpha is not None:
+        raise PictureError("JPEG holds no transparency; write a .png instead")
+    colours = picture.pixels.mean(axis=2, keepdims=True) if picture.grey else picture.pixels
+    values = colours if picture.alpha is None else np.concatenate([colours, picture.alpha[..., None]], axis=2)
+    if picture.bits == 16 and kind in ("PNG", "TIFF"):
+        encode = _encode_png_16 if kind == "PNG" else _encode_tiff_16
+        write_atomically(path, encode(to_integers(values, np.uint16), picture.icc))
+        return
+    samples = to_integers(values)
+    buffer = io.BytesIO()
+    image = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
+    # WebP knows RGB alone; its reader gives grey back as three equal channels.
+    image.save(buffer, kind, icc_profile=picture.icc, **_SAVE_OPTIONS[kind])
+    write_atomically(path, buffer.getvalue())
+
+
+def _stored_mode(image: Image.Image) -> str:
+    """Layout of the file's samples in Pillow's terms ("RGB;16B"), which differs from ``image.mode`` beyond 8 bits."""
+    tiles = getattr(image, "tile", [])
+    arguments = tiles[0].args if tiles else ""
+    return str(arguments[0] if isinstance(arguments, tuple) else arguments)
+
+
+def _samples_of_8_bits(image: Image.Image) -> np.ndarray:
+    if image.mode in ("P", "PA", "RGBX", "YCbCr") or image.has_transparency_data:
+        grey = image.mode in ("L", "LA")
+        image = image.convert(("LA" if grey else "RGBA") if image.has_transparency_data else "RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    if image.mode not in ("L", "LA", "RGB", "RGBA"):
+        raise PictureError(f"colour mode {image.mode} is not supported; convert it to RGB or grey first")
+    return np.atleast_3d(np.asarray(image))
+
+
+def _samples_of_16_bits(data: bytes) -> np.ndarray:
+    # Pillow reduces 16-bit colours to 8 unasked.
+    samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if samples is None or samples.dtype != np.uint16:
+        raise PictureError("16 bits a sample in a layout that is not supported; convert it to RGB or grey first")
+    samples = np.atleast_3d(samples)
+    order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[samples.shape[2]]
+    return samples[..., order]
+
+
+def _encode_png_16(samples: np.ndarray, icc: bytes | None) -> bytes:
+    channels = samples.shape[2]
+    if channels == 2:  # the encoder knows no grey with transparency
+        samples = samples[..., [0, 0, 0, 1]]
+    elif channels >= 3:
+        samples = samples[..., [2, 1, 0, 3][:channels] if channels == 4 else [2, 1, 0]]
+    kinds, blobs = ([cv2.IMAGE_METADATA_ICCP], [np.frombuffer(icc, np.uint8)]) if icc else ([], [])
+    done, encoded = cv2.imencodeWithMetadata(".png", np.ascontiguousarray(samples), kinds, blobs)
+    if not done:
+        raise PictureError("OpenCV could not encode it as a 16-bit PNG")
+    return encoded.tobytes()
+
+
+def _encode_tiff_16(samples: np.ndarray, icc: bytes | None) -> bytes:
+    channels = samples.shape[2]
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer,
+        samples[..., 0] if channels == 1 else samples,
+        photometric="minisblack" if channels <= 2 else "rgb",
+        planarconfig=None if channels == 1 else "contig",
+        extrasamples=["unassalpha"] if channels in (2, 4) else None,
+        compression="zlib",
+        iccprofile=icc,
+        metadata=None,
+    )
+    return buffer.getvalue()
+
+
+def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation (CIPA DC-008, tag 0x0112); values that the standard does not know change nothing."""
+    if orientation in (5, 6, 7, 8):
+        samples = samples.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        samples = samples[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        samples = samples[::-1]
+    return samples
+
+
+@contextmanager
+def _faults_named() -> Iterator[None]:
+    try:
+        yield
+    except PictureError:
+        raise
+    except UnidentifiedImageError:
+        raise PictureError(f"not a picture in {', '.join(sorted(set(_FORMATS.values())))}") from None
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, zlib.error and more
+        raise PictureError(f"damaged: {error}") from None

@@ -1,0 +1,108 @@
+"""The compiled op is built once by whoever comes first, and no killed process can make later ones wait for ever."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed compiles the op on Linux only"),
+]
+
+PREPARE = """
+from deepspeed.ops.op_builder.builder import OpBuilder
+from infra.extensions import NAME, prepare_extensions
+prepare_extensions(progress=lambda text: print(text, flush=True))
+print("loaded", NAME in OpBuilder._loaded_ops, flush=True)
+"""
+STATE = "import json; from infra.extensions import extension_state; print(json.dumps(extension_state()))"
+HOLD = """
+import sys, time
+from torch.utils.file_baton import FileBaton
+print(FileBaton(sys.argv[1]).try_acquire(), flush=True)
+time.sleep(600)
+"""
+
+
+def start(extensions: Path, code: str, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions), "DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=1500)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def first_build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Two processes at once on an empty cache in which a killed one left its lock; the one compile of this file."""
+    extensions = tmp_path_factory.mktemp("extensions")
+    (extensions / "deepspeed_shm_comm").mkdir()
+    (extensions / "deepspeed_shm_comm" / "lock").touch()
+    processes = [start(extensions, PREPARE) for _ in range(2)]
+    return extensions, [finish(process) for process in processes]
+
+
+def test_two_processes_at_once_build_once(first_build: tuple[Path, list[str]]) -> None:
+    extensions, outputs = first_build
+    assert all("loaded True" in output for output in outputs)
+    assert sum("compiling" in output for output in outputs) == 1
+    assert sum("waiting for another process" in output for output in outputs) == 1
+    built = [
+        line.split("\t")[3] for line in (extensions / "deepspeed_shm_comm/.ninja_log").read_text().splitlines()[1:]
+    ]
+    assert sorted(built) == ["deepspeed_shm_comm.so", "shm.o", "shm_interface.o"]
+
+
+def test_a_planted_stale_lock_is_removed_and_named(first_build: tuple[Path, list[str]]) -> None:
+    extensions, outputs = first_build
+    lock = extensions / "deepspeed_shm_comm" / "lock"
+    assert not lock.exists()
+    assert sum(f"removed {lock}" in output for output in outputs) == 1
+
+
+def test_a_living_holder_is_waited_for_and_a_killed_one_is_not(first_build: tuple[Path, list[str]]) -> None:
+    extensions, _ = first_build
+    holder = start(extensions, HOLD, str(extensions / "deepspeed_shm_comm" / "lock"))
+    assert holder.stdout is not None
+    assert holder.stdout.readline().strip() == "True"
+    assert f'"builders": [{holder.pid}], "stale": false' in finish(start(extensions, STATE))
+
+    waiting = start(extensions, PREPARE)
+    assert waiting.stdout is not None
+    first_line = waiting.stdout.readline()
+    assert f"waiting for pid {holder.pid}" in first_line
+    time.sleep(2)
+    assert waiting.poll() is None, "it went past a lock whose holder lives"
+
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    output = finish(waiting)
+    assert "removed" in output
+    assert "compiling" not in output
+    assert "loaded True" in output
+
+
+def test_state_tells_a_stale_lock_from_none(first_build: tuple[Path, list[str]]) -> None:
+    extensions, _ = first_build
+    assert '"built": true, "lock": false, "builders": [], "stale": false' in finish(start(extensions, STATE))
+    lock = extensions / "deepspeed_shm_comm" / "lock"
+    lock.touch()
+    try:
+        assert '"lock": true, "builders": [], "stale": true' in finish(start(extensions, STATE))
+    finally:
+        lock.unlink()

@@ -1,0 +1,75 @@
+"""Supervision of other programs: evidence over exit codes, and no process left behind."""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from infra.launcher import StageFailed, run_supervised, session_processes
+
+CHILD = (
+    "import subprocess, sys;"
+    "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']);"
+    "print('child', p.pid, flush=True)"
+)
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def child_of(log: Path) -> int:
+    return int(next(line for line in log.read_text().splitlines() if line.startswith("child")).split()[1])
+
+
+def test_progress_lines_are_shown_and_everything_is_logged(tmp_path: Path) -> None:
+    shown: list[str] = []
+    report = run_supervised(
+        python("print('ird| step 1'); print('noise'); print('ird| step 2')"), tmp_path, show=shown.append
+    )
+    assert shown == ["step 1", "step 2"]
+    assert "noise" in (tmp_path / "log.txt").read_text() and report.seconds > 0
+
+
+def test_a_failure_shows_the_end_of_the_log(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match="exit code 3") as failure:
+        run_supervised(python("print('the reason'); raise SystemExit(3)"), tmp_path)
+    assert "the reason" in str(failure.value) and str(tmp_path / "log.txt") in str(failure.value)
+
+
+def test_exit_code_zero_without_the_marker_is_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match="exit code 0 but no"):
+        run_supervised(python("pass"), tmp_path, marker=tmp_path / "finished.json")
+
+
+def test_children_left_behind_are_ended(tmp_path: Path) -> None:
+    run_supervised(python(CHILD), tmp_path)
+    assert not psutil.pid_exists(child_of(tmp_path / "log.txt"))
+
+
+def test_an_interrupt_ends_the_whole_session(tmp_path: Path) -> None:
+    def interrupt_main_thread() -> None:
+        while "\nchild" not in (tmp_path / "log.txt").read_text():  # the command line in the log says "child" too
+            time.sleep(0.05)
+        import _thread
+
+        _thread.interrupt_main()
+
+    (tmp_path / "log.txt").touch()
+    threading.Thread(target=interrupt_main_thread).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_supervised(python(CHILD + "; p.wait()"), tmp_path)
+    pid = child_of(tmp_path / "log.txt")
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_memory_of_the_whole_session_is_measured(tmp_path: Path) -> None:
+    code = "import time; block = bytearray(200 * 2**20); time.sleep(2)"
+    assert run_supervised(python(code), tmp_path).peak_memory > 200 * 2**20
+
+
+def test_session_processes_of_an_absent_session_are_none() -> None:
+    assert list(session_processes(2**22 + 1)) == []

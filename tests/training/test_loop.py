@@ -1,0 +1,224 @@
+"""The loop under the real ``deepspeed`` launcher: exact against plain torch, exact on resume, clear on refusal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch.nn import functional
+
+from infra.config import load_config
+from infra.launcher import free_port, session_processes
+from training.checkpoint import load_checkpoint
+from training.cotraining import variants_of_step
+from training.data.loader import make_loader
+from training.data.plan import StreamState
+from training.data.shards import ShardReader
+from training.export import load_export
+from training.models import build_model
+from training.optimization import MovingAverage, learning_rate, make_optimizer, set_learning_rate
+from training.pretrain import PretrainConfig
+from tests.support.dataset import REPOSITORY
+
+CONFIG = REPOSITORY / "configs/training/pretrain_demo.yaml"
+SMALL = ["model.dim=8", "data.patch=16", "data.batch=4", "data.crops_per_sample=2", "steps=6", "log_every=2"]
+QUIET = ["tracking.enabled=false"]
+
+
+def overrides(dataset: Path, out: Path, *more: str) -> list[str]:
+    return [*SMALL, *QUIET, f"data.dataset={dataset}", f"out={out}", *more]
+
+
+def command(settings: list[str], ranks: int, module: str = "training.pretrain") -> list[str]:
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    launch = [deepspeed, "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module", module]
+    return [*launch, "--config", str(CONFIG), *settings]
+
+
+def launch(settings: list[str], ranks: int = 1, module: str = "training.pretrain") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(settings, ranks, module), cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    saved = load_checkpoint(out / "checkpoints")
+    assert saved is not None
+    return saved[0]["model"]
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def plain_torch(settings: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The same run written straight down, without launcher, engine or checkpoints: weights and their average."""
+    config = load_config(PretrainConfig, CONFIG, settings)
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(1)
+    reader = ShardReader(config.data.dataset)
+    model = build_model(config.model)
+    optimizer = make_optimizer(model, config.optimizer)
+    average = MovingAverage(model, config.ema_decay)
+    from functools import partial
+
+    from training.corruption import degrade_by_recipe
+
+    state = StreamState(reader.dataset_id, config.seed, 0)
+    corrupt = partial(degrade_by_recipe, config.recipe)
+    for step, batch in enumerate(make_loader(reader, config.data, state=state, steps=config.steps, corrupt=corrupt)):
+        set_learning_rate(optimizer, learning_rate(step, config.steps, config.optimizer.lr, config.schedule))
+        optimizer.zero_grad()
+        losses = [
+            functional.l1_loss(model(batch["degraded"], variant=variant), batch["clean"])
+            for variant in variants_of_step(config.cotraining, config.seed, step)
+        ]
+        torch.stack(losses).sum().backward()
+        if config.optimizer.gradient_clipping:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clipping)
+        optimizer.step()
+        average.update(model)
+    return model.state_dict(), average.weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["cotraining.mode=alternate"],
+        ["cotraining.mode=sandwich"],
+        ["cotraining.mode=separate", "cotraining.variants=[small]", "optimizer.gradient_clipping=0.05"],
+    ],
+    ids=["alternate", "sandwich", "separate+clipping"],
+)
+def test_two_ranks_equal_plain_torch(small_dataset: Path, tmp_path: Path, more: list[str]) -> None:
+    """SGD-like exactness is asked of the weights after six Adam steps, so the tolerance is Adam's, not the gradient's:
+    where a gradient is nearly zero, its rounding decides Adam's sign, and a step is up to the learning rate."""
+    settings = overrides(small_dataset, tmp_path / "out", *more)
+    result = launch(settings, ranks=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    reference, average = plain_torch(settings)
+    trained = weights(tmp_path / "out")
+    differences = torch.cat([(trained[n] - reference[n]).abs().flatten() for n in reference])
+    assert float(differences.mean()) < 1e-6
+    assert float((differences > 1e-5).float().mean()) < 1e-3
+    exported, _, metadata = load_export(tmp_path / "out" / "export")
+    exported_weights = dict(exported.named_parameters())
+    assert torch.cat([(exported_weights[n] - average[n]).abs().flatten() for n in average]).mean() < 1e-6
+    assert metadata["dataset_id"] == ShardReader(str(small_dataset)).dataset_id
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_run_again_gives_the_same_weights(small_dataset: Path, tmp_path: Path) -> None:
+    steady = ["schedule.kind=constant", "checkpoint_every=2", "log_every=1", "steps=10"]
+    whole = overrides(small_dataset, tmp_path / "whole", *steady)
+    assert launch(whole, ranks=2).returncode == 0
+    settings = overrides(small_dataset, tmp_path / "killed", *steady)
+    with open(tmp_path / "log", "wb") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command(settings, 2), cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        while not (tmp_path / "killed" / "checkpoints" / "latest").exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        for member in list(session_processes(process.pid)):
+            member.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "killed" / "finished.json").exists()
+    again = launch(settings, ranks=2)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resuming at step" in again.stdout
+    assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "killed")) == 0
+    a, b = (load_export(tmp_path / name / "export")[0].state_dict() for name in ("whole", "killed"))
+    assert largest_difference(a, b) == 0
+    third = launch(settings, ranks=2)
+    assert third.returncode == 0 and "already finished" in third.stdout
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_with_75_and_another_world_size_goes_on(small_dataset: Path, tmp_path: Path) -> None:
+    settings = overrides(small_dataset, tmp_path / "out", "steps=400", "log_every=1", "schedule.kind=constant")
+    with open(tmp_path / "log", "wb") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command(settings, 2), cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        while not (tmp_path / "out" / "metrics.jsonl").exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        ranks = [p for p in session_processes(process.pid) if "--module" not in p.cmdline() and "-m" in p.cmdline()]
+        trainers = [p for p in ranks if "training.pretrain" in p.cmdline() and "deepspeed.launcher.launch" not in p.cmdline()]
+        assert len(trainers) == 2
+        trainers[1].send_signal(signal.SIGTERM)
+        code = process.wait(60)
+    assert code == 75, (tmp_path / "log").read_text()
+    saved = load_checkpoint(tmp_path / "out" / "checkpoints")
+    assert saved is not None
+    stopped_at = saved[1]["step"]
+    assert 0 < stopped_at < 400 and saved[1]["loader"]["samples_consumed"] == stopped_at * 2
+    settings[settings.index("steps=400")] = f"steps={stopped_at + 2}"
+    shorter = launch(settings, ranks=1)
+    assert shorter.returncode == 0, shorter.stdout + shorter.stderr
+    assert f"resuming at step {stopped_at}" in shorter.stdout
+
+
+@pytest.mark.slow
+def test_ranks_do_not_outlive_a_killed_launcher(small_dataset: Path, tmp_path: Path) -> None:
+    settings = overrides(small_dataset, tmp_path / "out", "steps=100000", "log_every=1")
+    with open(tmp_path / "log", "wb") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command(settings, 2), cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        while not (tmp_path / "out" / "metrics.jsonl").exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        members = list(session_processes(process.pid))
+        launchers = [p for p in members if any("deepspeed" in part for part in p.cmdline())]
+        trainers = [p for p in members if p not in launchers]
+        for launcher in launchers:
+            launcher.send_signal(signal.SIGKILL)
+        process.wait()
+    _, alive = psutil.wait_procs(trainers, timeout=60)
+    for orphan in alive:
+        orphan.kill()
+    assert alive == []
+    assert not (tmp_path / "out" / "finished.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["model.dimm=8"], "did you mean 'dim'"),
+        (["cotraining.variants=[small, huge]"], "'huge'"),
+        (["recipe=dynet_pretrian"], "dynet_pretrain"),
+    ],
+)
+def test_bad_configuration_is_refused_before_any_work(tmp_path: Path, more: list[str], expected: str) -> None:
+    arguments = ["--config", str(CONFIG), *overrides(tmp_path / "dataset", tmp_path / "out", *more)]
+    result = subprocess.run(
+        [sys.executable, "-m", "training.pretrain", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2 and expected in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_another_run_is_refused(small_dataset: Path, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "training.pretrain", "--config", str(CONFIG)]
+    first = overrides(small_dataset, tmp_path / "out", "steps=2")
+    subprocess.run([*arguments, *first], cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
+    other = subprocess.run(
+        [*arguments, *first, "optimizer.lr=0.5"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert other.returncode == 2 and "another configuration (changed: optimizer" in other.stderr
+    history = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in history] == [2] and history[0]["loss"] > 0

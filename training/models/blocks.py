@@ -1,0 +1,180 @@
+"""The parts DyNet and PromptIR are built from: Restormer's transformer block, resizing, and the prompt block.
+
+Sources: Restormer (arXiv 2111.09881, section 3) for MDTA and GDFN, PromptIR (arXiv 2306.13090, section 3)
+for the prompts; sizes as in the released codes. Every part maps NCHW to NCHW.
+
+The fast paths compute in channels-last memory, where a normalisation over channels and a 1x1 convolution
+read each pixel's features in one piece; any other memory layout is accepted and gives the same values.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def check_heads(channels: int, heads: int, where: str) -> None:
+    """Refuse a number of attention heads that does not divide the channels (ValueError naming ``where``)."""
+    if channels % heads:
+        raise ValueError(f"{where}: {heads} head(s) do not divide its {channels} channels; change heads or channels")
+
+
+class LayerNorm(nn.Module):
+    """Normalise the channels of each pixel to mean 0 and variance 1 (biased, epsilon 1e-5), then scale and shift."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape, in channels-last memory; no copy where ``x`` is channels-last already."""
+        pixels = x.permute(0, 2, 3, 1)
+        return F.layer_norm(pixels, self.weight.shape, self.weight, self.bias, eps=1e-5).permute(0, 3, 1, 2)
+
+
+class MDTA(nn.Module):
+    """Multi-Dconv-head transposed attention: channels attend to channels (Restormer eq. 1).
+
+    Published form, a head at a time: ``softmax(normalise(Q) normalise(K)^T * temperature) V``, then a 1x1
+    projection; Q and K are normalised over all pixels. Two rearrangements, equal in exact arithmetic, save
+    passes over full-resolution tensors: the Gram matrix is divided by the norms of its rows and columns
+    instead of normalising Q and K, and the projection is multiplied into the small attention matrices, so
+    that V is read once and nothing of its size is kept for the backward pass.
+    """
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
+        self.qkv_depthwise = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1, groups=3 * channels, bias=False)
+        self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape. Norms and softmax are float32 under autocast."""
+        batch, channels, height, width = x.shape
+        per_head = channels // self.heads
+        qkv = self.qkv_depthwise(self.qkv(x)).permute(0, 2, 3, 1).reshape(batch, height * width, 3 * channels)
+        q, k, v = qkv.chunk(3, dim=-1)
+
+        # One product over all channels and its diagonal blocks: one kernel without a copy, where products per
+        # head would first have to gather each head's channels.
+        gram = (q.transpose(1, 2) @ k).view(batch, self.heads, per_head, self.heads, per_head)
+        gram = gram.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).float()
+        rows = _pixel_norm(q).view(batch, self.heads, per_head, 1)
+        columns = _pixel_norm(k).view(batch, self.heads, 1, per_head)
+        attention = (gram / (rows * columns) * self.temperature).softmax(dim=-1)
+
+        projection = self.project_out.weight.view(channels, self.heads, per_head)
+        mixing = torch.einsum("ohc,nhcd->nohd", projection, attention.to(v.dtype)).reshape(batch, channels, channels)
+        out = v @ mixing.transpose(1, 2)
+        return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _pixel_norm(x: Tensor) -> Tensor:
+    """[N, HW, C] -> [N, C], the length over pixels, at least 1e-12 as in ``F.normalize``."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min(1e-12)
+
+
+class GDFN(nn.Module):
+    """Gated-Dconv feed-forward network (Restormer eq. 2): ``W (gelu(a) * b)``, a and b from 1x1 then 3x3 depthwise."""
+
+    def __init__(self, channels: int, expansion: float) -> None:
+        super().__init__()
+        hidden = int(channels * expansion)
+        self.project_in = nn.Conv2d(channels, 2 * hidden, 1, bias=False)
+        self.depthwise = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
+        self.project_out = nn.Conv2d(hidden, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
+        gate, value = self.depthwise(self.project_in(x)).chunk(2, dim=1)
+        return self.project_out(F.gelu(gate) * value)
+
+
+class TransformerBlock(nn.Module):
+    """MDTA and GDFN, each behind a LayerNorm and a residual connection."""
+
+    def __init__(self, channels: int, heads: int, expansion: float) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(channels)
+        self.attention = MDTA(channels, heads)
+        self.norm2 = LayerNorm(channels)
+        self.feed_forward = GDFN(channels, expansion)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.feed_forward(self.norm2(x))
+
+
+class Downsample(nn.Module):
+    """Half the sides, twice the channels: 3x3 convolution C -> C/2, then pixel-unshuffle."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels // 2, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] with even H, W -> [N, 2C, H/2, W/2], channels-last."""
+        return F.pixel_unshuffle(self.conv(x), 2).contiguous(memory_format=torch.channels_last)
+
+
+class Upsample(nn.Module):
+    """Twice the sides, half the channels: 3x3 convolution C -> 2C, then pixel-shuffle."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C/2, 2H, 2W], channels-last."""
+        return F.pixel_shuffle(self.conv(x), 2).contiguous(memory_format=torch.channels_last)
+
+
+class Prompt(nn.Module):
+    """Learned feature maps, mixed by what the input looks like (PromptIR's prompt generation module)."""
+
+    def __init__(self, features: int, channels: int, length: int, size: int) -> None:
+        super().__init__()
+        self.components = nn.Parameter(torch.rand(1, length, channels, size, size))
+        self.mixer = nn.Linear(features, length)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [N, C, H, W] -> prompt [N, channels, H, W], channels-last."""
+        weights = self.mixer(x.mean(dim=(2, 3))).softmax(dim=1)
+        mixed = (weights.to(self.components.dtype) @ self.components[0].flatten(1)).unflatten(
+            1, self.components.shape[2:]
+        )
+        resized = F.interpolate(mixed, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        return self.conv(resized.contiguous(memory_format=torch.channels_last))
+
+
+class PromptBlock(nn.Module):
+    """Features with their prompt beside them, through one transformer block, then reduced by a 1x1 convolution.
+
+    ``smooth`` adds the 3x3 convolution that the papers' figures draw behind the 1x1 and the released codes lack.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        out_features: int,
+        *,
+        prompt_channels: int,
+        length: int,
+        size: int,
+        heads: int,
+        expansion: float,
+        smooth: bool = False,
+    ) -> None:
+        super().__init__()
+        self.prompt = Prompt(features, prompt_channels, length, size)
+        self.block = TransformerBlock(features + prompt_channels, heads, expansion)
+        self.reduce = nn.Conv2d(features + prompt_channels, out_features, 1, bias=False)
+        self.smooth = nn.Conv2d(out_features, out_features, 3, padding=1, bias=False) if smooth else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, features, H, W] -> [N, out_features, H, W]."""
+        return self.smooth(self.reduce(self.block(torch.cat([x, self.prompt(x)], dim=1))))

@@ -1,0 +1,135 @@
+"""MZSR: meta-transfer learning for zero-shot super-resolution (Soh et al., CVPR 2020), both training stages.
+
+``phase: large_scale`` trains the small network on bicubic pairs; ``phase: meta_transfer`` starts from its
+export and learns an initialisation from which a few gradient steps on one picture adapt it to the
+picture's own blur. ``training.adaptation`` is the third stage, the adaptation itself.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pydantic import model_validator
+from torch.func import functional_call
+from torch.nn import functional
+
+from datagen.degradations.kernels import mzsr_kernel
+from datagen.degradations.random import generator
+from datagen.degradations.resample import imresize
+from infra.config import Config
+from training.adaptation import inner_step, shrink_blurred
+from training.config import Positive, Rate, StageConfig
+from training.corruption import shrink
+from training.data.loader import keep_clean
+from training.entry import run_from_command_line
+from training.loop import Objective, run_stage
+
+
+class MetaConfig(Config):
+    """The inner loop of meta-transfer learning; defaults of the released code."""
+
+    tasks: Positive = 5  # a task is one blur kernel; data.batch = tasks x 2 x patches_per_set
+    patches_per_set: Positive = 8  # support patches, and as many query patches of other pictures
+    inner_steps: Positive = 5
+    inner_lr: Rate = 0.01  # plain SGD
+    # The query losses after each inner step are weighted equally at first; over these steps the weight
+    # moves to the last one (MAML++, arXiv 1810.09502). In the released code it never moves.
+    anneal_steps: Positive = 3333
+    second_order: bool = True
+
+
+class MZSRStageConfig(StageConfig):
+    """An MZSR training stage; ``data.patch`` is the HR side."""
+
+    phase: Literal["large_scale", "meta_transfer"]
+    scale: Literal[2, 3, 4] = 2
+    meta: MetaConfig = MetaConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "MZSRStageConfig":
+        if self.model.name != "mzsr":
+            raise ValueError(f"model.name={self.model.name}: this stage trains name: mzsr")
+        if self.data.patch % self.scale:
+            raise ValueError(f"data.patch={self.data.patch} must be a multiple of scale={self.scale}")
+        if self.phase == "meta_transfer":
+            expected = self.meta.tasks * 2 * self.meta.patches_per_set
+            if self.data.batch != expected:
+                raise ValueError(
+                    f"data.batch={self.data.batch} must be meta.tasks x 2 x meta.patches_per_set = {expected}"
+                )
+            if not self.init_from:
+                raise ValueError("init_from: meta-transfer starts from the export folder of the large_scale phase")
+        return self
+
+
+def large_scale_objective(scale: int) -> Objective:
+    """L1 on bicubic pairs: the input is the LR patch enlarged by bicubic to the HR size (section 4.1)."""
+
+    def objective(engine: Any, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = functional.l1_loss(engine(imresize(batch["degraded"], scale)).float(), batch["clean"])
+        return loss, {"loss": loss.detach()}
+
+    return objective
+
+
+def query_weights(step: int, meta: MetaConfig) -> list[float]:
+    """Weights of the query losses after inner steps 1…n at outer ``step``; they sum to 1.
+
+    Linear from 1/n each to a floor of 0.03/n for all but the last, in ``anneal_steps`` steps.
+    """
+    count = meta.inner_steps
+    early = max(1 - step / meta.anneal_steps, 0.03) / count
+    return [early] * (count - 1) + [1 - early * (count - 1)]
+
+
+def meta_objective(config: MZSRStageConfig) -> Objective:
+    """Equation (9) of the paper: the loss on query patches of weights adapted on support patches.
+
+    Each task draws one blur kernel. Gradients flow through the inner steps (second order), taken on
+    the engine's module with explicit weights, because DeepSpeed's own forward cannot be differentiated
+    twice.
+    """
+    meta, scale = config.meta, config.scale
+
+    def objective(engine: Any, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        clean = batch["clean"]
+        rank, tasks = engine.global_rank, clean.shape[0] // (2 * meta.patches_per_set)
+        weights = query_weights(step, meta)
+        losses, before, after = [], [], []
+        for task, patches in enumerate(clean.split(2 * meta.patches_per_set)):
+            draw = generator(config.seed, 0, f"task:{rank * tasks + task}", step)
+            kernel = mzsr_kernel(draw, scale).to(clean)
+            enlarged = imresize(shrink_blurred(patches, kernel, scale), scale)
+            (support_in, query_in), (support, query) = enlarged.chunk(2), patches.chunk(2)
+            adapted = dict(engine.module.named_parameters())
+            with torch.no_grad():
+                before.append(functional.l1_loss(engine.module(query_in), query))
+            task_loss = clean.new_zeros(())
+            for weight in weights:
+                adapted, _ = inner_step(
+                    engine.module, adapted, support_in, support, meta.inner_lr, second_order=meta.second_order
+                )
+                query_loss = functional.l1_loss(functional_call(engine.module, adapted, (query_in,)), query)
+                task_loss = task_loss + weight * query_loss
+            losses.append(task_loss)
+            after.append(query_loss.detach())
+        loss = torch.stack(losses).mean()
+        metrics = {
+            "loss": loss.detach(),
+            "loss_before": torch.stack(before).mean(),
+            "loss_adapted": torch.stack(after).mean(),
+        }
+        return loss, metrics
+
+    return objective
+
+
+def train_mzsr(config: MZSRStageConfig) -> int:
+    """Run the phase; see ``training.loop.run_stage`` for what is written and returned."""
+    if config.phase == "large_scale":
+        return run_stage("mzsr_large_scale", config, large_scale_objective(config.scale), partial(shrink, config.scale))
+    return run_stage("mzsr_meta", config, meta_objective(config), keep_clean)
+
+
+if __name__ == "__main__":
+    run_from_command_line("training.mzsr", __doc__, MZSRStageConfig, train_mzsr)
