@@ -62,7 +62,10 @@ if ! "${pip[@]}" install --progress-bar off -r requirements.lock 2>&1 | tee "$lo
     tail -n 20 "$log" >&2
     fail "pip could not install requirements.lock (all it said: $log). Run the same command again to go on."
 fi
-"${pip[@]}" install --quiet --no-deps --no-build-isolation -e . 9>&-
+if ! "${pip[@]}" install --no-deps --no-build-isolation -e . >>"$log" 2>&1; then
+    tail -n 20 "$log" >&2
+    fail "pip could not install this package (all it said: $log)."
+fi
 "$venv/bin/python" -m infra.extensions 9>&-
 
 echo "$wanted" >"$stamp"

@@ -79,13 +79,15 @@ def run_supervised(
     out: Path,
     *,
     show: Callable[[str], None] = print,
+    pick: Callable[[str], str | None] | None = None,
     marker: Path | None = None,
     threads: int | None = None,
 ) -> StageReport:
     """Run ``command`` in a session of its own, log to ``out``/log.txt, and end the whole session with it.
 
     Args:
-        show: called with each progress line (those that begin with ``PROGRESS``).
+        show: called with each progress line.
+        pick: what of a log line is shown, or None; default: what stands behind ``PROGRESS``.
         marker: file that must be there afterwards, whatever the exit code says.
         threads: OMP_NUM_THREADS of the command where the environment does not set it.
 
@@ -98,12 +100,18 @@ def run_supervised(
     with open(log_path, "a") as log:
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
-        code, peak_memory = _supervise(command, log_path, log.fileno(), show, threads)
+        code, peak_memory = _supervise(command, log_path, log.fileno(), show, pick or progress_of, threads)
     if code != 0 or (marker is not None and not marker.exists()):
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-40:])
         reason = f"exit code {code}" if code else f"exit code 0 but no {marker}"
         raise StageFailed(f"{shlex.join(command)}\nfailed ({reason}). Full log: {log_path}\n{tail}")
     return StageReport(time.monotonic() - started, peak_memory)
+
+
+def progress_of(line: str) -> str | None:
+    """The message of a progress line; None for any other line."""
+    _, found, message = line.partition(PROGRESS)
+    return message if found else None
 
 
 def read_marker(out: Path) -> dict[str, object] | None:
@@ -124,7 +132,12 @@ def free_port() -> int:
 
 
 def _supervise(
-    command: Sequence[str], log_path: Path, log: int, show: Callable[[str], None], threads: int | None
+    command: Sequence[str],
+    log_path: Path,
+    log: int,
+    show: Callable[[str], None],
+    pick: Callable[[str], str | None],
+    threads: int | None,
 ) -> tuple[int, int]:
     position = log_path.stat().st_size
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -132,7 +145,7 @@ def _supervise(
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     done = threading.Event()
-    follower = threading.Thread(target=_follow, args=(log_path, position, done, show), daemon=True)
+    follower = threading.Thread(target=_follow, args=(log_path, position, done, show, pick), daemon=True)
     follower.start()
     peak_memory = 0
     try:
@@ -173,7 +186,13 @@ def _resident(process: psutil.Process) -> int:
         return 0
 
 
-def _follow(path: Path, position: int, done: threading.Event, show: Callable[[str], None]) -> None:
+def _follow(
+    path: Path,
+    position: int,
+    done: threading.Event,
+    show: Callable[[str], None],
+    pick: Callable[[str], str | None],
+) -> None:
     with open(path, errors="replace") as log:
         log.seek(position)
         part = ""
@@ -182,8 +201,8 @@ def _follow(path: Path, position: int, done: threading.Event, show: Callable[[st
             part += log.read()
             *lines, part = part.split("\n")
             for line in lines:
-                _, found, message = line.partition(PROGRESS)
-                if found:
+                message = pick(line)
+                if message is not None:
                     show(message)
             if last:
                 return

@@ -182,12 +182,80 @@ def doctor(
     raise typer.Exit(print_report(run_checks(hostfile=hostfile, s3_uri=s3)))
 
 
+@registry_app.command(epilog="Example:\n\n`ird registry push runs/finetune/export --name my-dynet --alias champion`")
+def push(
+    export: Annotated[Path, typer.Argument(help="Export folder of a training stage.")],
+    name: Annotated[str, typer.Option(help="Name of the registered model.")],
+    alias: Annotated[str | None, typer.Option(help="Alias that shall point to the new version.")] = None,
+    run_id: Annotated[
+        str | None, typer.Option(help="MLflow run of the version; default: the one in the export.")
+    ] = None,
+) -> None:
+    """Register an export, all its variants, as a new model version."""
+    from infra.tracking import TrackingConfig
+    from pipeline.registry import push as push_export
+
+    version = push_export(export, name, run_id=run_id, alias=alias, settings=TrackingConfig())
+    print(f"models:/{name}/{version}" + (f"  (models:/{name}@{alias})" if alias else ""))
+
+
+@registry_app.command(epilog="Example:\n\n`ird registry pull models:/ird-demo@demo --out models/`")
+def pull(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    out: Annotated[Path, typer.Option(help="Folder that the model's own folder goes into.")],
+) -> None:
+    """Download a model version and check its sha256; it then restores without a server."""
+    from infra.tracking import TrackingConfig
+    from pipeline.registry import pull as pull_model
+
+    print(pull_model(model, out, TrackingConfig()))
+
+
+@registry_app.command("list", epilog="Examples:\n\n`ird registry list`\n\n`ird registry list ird-demo`")
+def list_models(name: Annotated[str | None, typer.Argument(help="Only this model.")] = None) -> None:
+    """List model versions with their aliases, runs and stages."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from infra.tracking import TrackingConfig
+    from pipeline.registry import list_versions
+
+    table = Table("model", "version", "aliases", "made", "stage", "dataset", "run")
+    for row in list_versions(TrackingConfig(), name):
+        made, tags = f"{row.created:%Y-%m-%d %H:%M}", row.tags
+        dataset = tags.get("dataset_id", "")[:16]
+        table.add_row(
+            row.name, str(row.version), ", ".join(row.aliases), made, tags.get("stage", ""), dataset, row.run_id
+        )
+    Console().print(table)
+
+
+@registry_app.command("alias", epilog="Example:\n\n`ird registry alias ird-demo 2 champion`")
+def alias_version(
+    name: Annotated[str, typer.Argument(help="Name of the registered model.")],
+    version: Annotated[int, typer.Argument(help="The version that the alias shall point to.")],
+    alias: Annotated[str, typer.Argument(help="The alias.")],
+) -> None:
+    """Point an alias to a version, and to no other any more."""
+    from infra.tracking import TrackingConfig
+    from pipeline.registry import set_alias
+
+    set_alias(name, version, alias, TrackingConfig())
+    print(f"models:/{name}@{alias} is version {version}")
+
+
 def main() -> None:
     """Entry point of the ``ird`` command: refusals are one clear message and exit code 2, never a traceback."""
     from infra.config import ConfigError
 
     try:
         app()
-    except ConfigError as error:
+    except Exception as error:
+        # Classes of the floors below that stand for a refusal; imported late, so that --help stays quick.
+        if not isinstance(error, ConfigError) and type(error).__name__ not in _REFUSALS:
+            raise
         print(f"ird: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+_REFUSALS = {"RegistryError", "ExportError", "DatasetError", "PictureError", "CheckpointError", "StorageError"}

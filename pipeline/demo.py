@@ -15,7 +15,7 @@ from pydantic import Field
 from infra.config import Config, ConfigError, load_config
 from infra.launcher import run_deepspeed, run_supervised
 from infra.tracking import Tracker, TrackingConfig, tracking_uri
-from pipeline.pictures import is_picture_name, read_picture
+from pipeline.pictures import find_pictures, read_picture
 from pipeline.stages import Stage, run_stages
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -79,11 +79,13 @@ def _stages(config: DemoConfig, root: Path, parent_run_id: str, say: Callable[[s
     def show(line: str) -> None:
         say(f"      {line}")
 
-    def python(module: str, file: StageFile, *overrides: str) -> Callable[[Path], Mapping[str, Any]]:
+    def python(
+        module: str, file: StageFile, *overrides: str, pick: Callable[[str], str | None] | None = None
+    ) -> Callable[[Path], Mapping[str, Any]]:
         command = [sys.executable, "-m", *module.split(), "--config", str(REPOSITORY / file.file), *file.overrides]
 
         def run(folder: Path) -> Mapping[str, Any]:
-            report = run_supervised([*command, f"out={folder / 'out'}", *overrides], folder, show=show)
+            report = run_supervised([*command, f"out={folder / 'out'}", *overrides], folder, show=show, pick=pick)
             return {"peak_memory": report.peak_memory}
 
         return run
@@ -148,7 +150,7 @@ def _stages(config: DemoConfig, root: Path, parent_run_id: str, say: Callable[[s
         Stage(
             "dataset",
             "Curation and sharding on Ray: scan, select, pack, verify",
-            python("datagen build", config.datagen, *sources),
+            python("datagen build", config.datagen, *sources, pick=_curation_line),
             stage_settings(config.datagen),
             after=["corpus"],
         ),
@@ -187,6 +189,11 @@ def _stages(config: DemoConfig, root: Path, parent_run_id: str, say: Callable[[s
     ]
 
 
+def _curation_line(line: str) -> str | None:
+    """What ``datagen build`` says, without the time-stamped lines of Ray."""
+    return None if not line.strip() or line[0] in "($" or line[:2] == "20" else line
+
+
 def _listing(source: str) -> str:
     """A fingerprint of a source folder: names, sizes and times, so that changed pictures redo the chain."""
     if not source:
@@ -212,23 +219,22 @@ def _corpus(config: DemoConfig, folder: Path) -> Mapping[str, Any]:
 
 
 def _link_source(source: Path, folder: Path, wanted: int) -> None:
-    """Point ``folder``/pictures at ``source`` and copy ``wanted`` of its pictures to ``folder``/held_out, chosen by hash.
+    """Point ``folder``/pictures at ``source``; copy ``wanted`` of its pictures, chosen by hash, to ``folder``/held_out.
 
     The held-out pictures stay in the source: the leak guard of the curation keeps them, and their near copies, out.
     """
     link = folder / "pictures"
     link.unlink(missing_ok=True)
     link.symlink_to(source, target_is_directory=True)
-    named = [p for p in source.rglob("*") if is_picture_name(p.name)]
     chosen = 0
-    for path in sorted(named, key=lambda p: hashlib.sha256(str(p.relative_to(source)).encode()).digest()):
+    for name in sorted(find_pictures(source), key=lambda p: hashlib.sha256(str(p).encode()).digest()):
         try:
-            picture = read_picture(path)
+            picture = read_picture(source / name)
         except (OSError, ValueError):
             continue
         if min(picture.pixels.shape[:2]) >= 128:
             (folder / "held_out").mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / "held_out" / path.name)
+            shutil.copyfile(source / name, folder / "held_out" / name.name)
             chosen += 1
         if chosen == wanted:
             return

@@ -23,6 +23,7 @@ from pipeline.samples import to_float, to_integers
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 SUFFIXES = tuple(_FORMATS)
 _EXIF_ORIENTATION = 0x0112
+_BGR_ORDER = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}  # RGB to OpenCV's order and back, by number of channels
 # Restoring is no reason to lose quality again: JPEG near the top of its range, everything else without loss.
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {},
@@ -73,7 +74,7 @@ def read_picture(path: Path) -> Picture:
     data = path.read_bytes()
     with _faults_named(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data), formats=[*set(_FORMATS.values()), "MPO"]) as image:
+        with Image.open(io.BytesIO(data), formats=sorted(set(_FORMATS.values()))) as image:
             # A multi-picture JPEG (MPO) is what phones write: its first picture is the photograph.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 raise PictureError("animated, or of several pages")
@@ -108,6 +109,8 @@ def write_picture(path: Path, picture: Picture) -> None:
     colours = picture.pixels.mean(axis=2, keepdims=True) if picture.grey else picture.pixels
     values = colours if picture.alpha is None else np.concatenate([colours, picture.alpha[..., None]], axis=2)
     if picture.bits == 16 and kind in ("PNG", "TIFF"):
+        if values.shape[2] == 2:  # neither encoder makes 16-bit grey with transparency that others read
+            values = values[..., [0, 0, 0, 1]]
         encode = _encode_png_16 if kind == "PNG" else _encode_tiff_16
         write_atomically(path, encode(to_integers(values, np.uint16), picture.icc))
         return
@@ -143,32 +146,26 @@ def _samples_of_16_bits(data: bytes) -> np.ndarray:
     if samples is None or samples.dtype != np.uint16:
         raise PictureError("16 bits a sample in a layout that is not supported; convert it to RGB or grey first")
     samples = np.atleast_3d(samples)
-    order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[samples.shape[2]]
-    return samples[..., order]
+    return samples[..., _BGR_ORDER[samples.shape[2]]]
 
 
 def _encode_png_16(samples: np.ndarray, icc: bytes | None) -> bytes:
-    channels = samples.shape[2]
-    if channels == 2:  # the encoder knows no grey with transparency
-        samples = samples[..., [0, 0, 0, 1]]
-    elif channels >= 3:
-        samples = samples[..., [2, 1, 0, 3][:channels] if channels == 4 else [2, 1, 0]]
     kinds, blobs = ([cv2.IMAGE_METADATA_ICCP], [np.frombuffer(icc, np.uint8)]) if icc else ([], [])
-    done, encoded = cv2.imencodeWithMetadata(".png", np.ascontiguousarray(samples), kinds, blobs)
+    ordered = np.ascontiguousarray(samples[..., _BGR_ORDER[samples.shape[2]]])
+    done, encoded = cv2.imencodeWithMetadata(".png", ordered, kinds, blobs)
     if not done:
         raise PictureError("OpenCV could not encode it as a 16-bit PNG")
     return encoded.tobytes()
 
 
 def _encode_tiff_16(samples: np.ndarray, icc: bytes | None) -> bytes:
-    channels = samples.shape[2]
+    grey = samples.shape[2] == 1
     buffer = io.BytesIO()
     tifffile.imwrite(
         buffer,
-        samples[..., 0] if channels == 1 else samples,
-        photometric="minisblack" if channels <= 2 else "rgb",
-        planarconfig=None if channels == 1 else "contig",
-        extrasamples=["unassalpha"] if channels in (2, 4) else None,
+        samples[..., 0] if grey else samples,
+        photometric="minisblack" if grey else "rgb",
+        extrasamples=["unassalpha"] if samples.shape[2] == 4 else None,
         compression="zlib",
         iccprofile=icc,
         metadata=None,

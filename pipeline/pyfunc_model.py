@@ -5,9 +5,9 @@ floats would be, and returns uint8 [N, scale H, scale W, 3]: the very pixels tha
 """
 
 import logging
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mlflow.exceptions import MlflowException
@@ -16,9 +16,6 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipeline.inference import RestoreOptions, load_model, offered_options, restore_array
 from pipeline.samples import to_float, to_integers
-
-# MLflow advises hints in place of the signature that the model has.
-warnings.filterwarnings("ignore", message=r".*Add type hints to the `predict` method", category=UserWarning)
 
 
 class RestorationModel(PythonModel):
@@ -30,7 +27,9 @@ class RestorationModel(PythonModel):
         allowed = tuple(sorted(offered_options(self._model.config, self._model.metadata)))
         logging.getLogger("mlflow.models.utils").addFilter(_RefuseUnknownParams(allowed))
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads hints as a schema
+    def predict(
+        self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None
+    ) -> np.ndarray:
         """Restore a batch of pictures; see the module for their shapes, ``RestoreOptions`` for ``params``.
 
         Raises:

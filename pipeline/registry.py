@@ -7,11 +7,12 @@ that it imports, found by reading its imports. Nothing is pickled.
 import ast
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +21,9 @@ from typing import Any
 
 from infra.files import write_atomically
 from infra.tracking import TrackingConfig, connect, experiment_id, tracking_uri
+from pipeline.inference import export_sha256, load_model, offered_options
+from training.export import CONFIG, WEIGHTS, ExportError
+from training.models import ModelConfig, variants_of
 
 FLOORS = ("infra", "datagen", "training", "pipeline")
 EXPORT = Path("artifacts") / "export"  # where the export lies in a pulled model
@@ -67,9 +71,6 @@ def push(
         ExportError: ``export`` is no sound export.
         RegistryError: no such run, a bad name, or the server does not answer.
     """
-    from pipeline.inference import load_model
-    from training.models import variants_of
-
     model = load_model(export, "cpu")
     facts = {
         key: str(model.metadata[key]) for key in ("stage", "code", "dataset_id", "run_id") if model.metadata.get(key)
@@ -85,13 +86,8 @@ def push(
             # Left to itself, MLflow puts it into the default experiment, whose files lie in the working directory.
             model_id = client.create_logged_model(experiment, name="model", source_run_id=run_id).model_id
             _log_model(model_id, run_id, export, Path(folder), model.config, model.metadata)
-        from mlflow.exceptions import MlflowException
-
-        try:
+        if _if_there(lambda: client.get_registered_model(name)) is None:
             client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
         every_tag = {**facts, **{key: str(value) for key, value in (tags or {}).items()}}
         created = client.create_model_version(name, f"models:/{model_id}", run_id, tags=every_tag, model_id=model_id)
         if alias:
@@ -115,7 +111,7 @@ def pull(model_uri: str, out: Path, settings: TrackingConfig) -> Path:
     if version is not None:
         folder = out / f"{name}-v{version}"
         note = _read_note(folder)
-        if note.get("uri") == tracking_uri(settings) and _fault(folder, note.get("sha256", "")) is None:
+        if note.get("uri") == _where(settings) and _fault(folder, note.get("sha256", "")) is None:
             return folder
     client = connect(settings)
     with _explained(settings):
@@ -135,10 +131,8 @@ def pull(model_uri: str, out: Path, settings: TrackingConfig) -> Path:
             mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=str(temporary))
         fault = _fault(temporary, tags["sha256"])
         if fault is not None:
-            raise RegistryError(
-                f"models:/{name}/{version} from {tracking_uri(settings)}: {fault}; push the model again"
-            )
-        note = {"name": name, "version": version, "uri": tracking_uri(settings), "sha256": tags["sha256"], "tags": tags}
+            raise RegistryError(f"models:/{name}/{version} from {_where(settings)}: {fault}; push the model again")
+        note = {"name": name, "version": version, "uri": _where(settings), "sha256": tags["sha256"], "tags": tags}
         write_atomically(temporary / _NOTE, json.dumps(note, indent=2).encode())
         temporary.chmod(0o755)  # mkdtemp makes it private
         if _fault(folder, tags["sha256"]) is not None:  # else another process was faster
@@ -187,9 +181,6 @@ def _log_model(
     import numpy as np
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
-
-    from pipeline.inference import offered_options
-    from training.export import CONFIG, WEIGHTS
 
     (folder / "export").mkdir()
     for file in (CONFIG, WEIGHTS):
@@ -264,20 +255,21 @@ def _pins(libraries: set[str]) -> list[str]:
 
 
 def _known_run(client: Any, run_id: str | None, noted: str | None, settings: TrackingConfig) -> str | None:
-    from mlflow.exceptions import MlflowException
-
     candidate = run_id or noted
-    if not candidate:
-        return None
-    try:
-        client.get_run(candidate)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        if run_id:
-            raise RegistryError(f"no run {run_id} at {tracking_uri(settings)}; see MLFLOW_TRACKING_URI") from None
-        return None
-    return candidate
+    if candidate and _if_there(lambda: client.get_run(candidate)) is not None:
+        return candidate
+    if run_id:
+        raise RegistryError(f"no run {run_id} at {_where(settings)}; MLFLOW_TRACKING_URI chooses another server")
+    return None
+
+
+def _where(settings: TrackingConfig) -> str:
+    """The tracking URI without the password that it may hold."""
+    return _without_password(tracking_uri(settings))
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"://[^/@\s]*@", "://", text)
 
 
 def _parse(model_uri: str) -> tuple[str, int | None, str | None]:
@@ -295,41 +287,44 @@ def _find(client: Any, name: str, version: int | None, alias: str | None, settin
     if alias is not None:
         if alias not in model.aliases:
             there = ", ".join(f"{a} (version {v})" for a, v in sorted(model.aliases.items())) or "none"
-            raise RegistryError(
-                f"model {name} has no alias {alias!r} at {tracking_uri(settings)}; its aliases: {there}"
-            )
+            raise RegistryError(f"model {name} has no alias {alias!r} at {_where(settings)}; its aliases: {there}")
         return int(model.aliases[alias])
     versions = sorted(int(found.version) for found in client.search_model_versions(f"name='{name}'"))
     if version is None or version not in versions:
         there = ", ".join(map(str, versions)) or "none"
-        raise RegistryError(f"model {name} has no version {version} at {tracking_uri(settings)}; its versions: {there}")
+        raise RegistryError(f"model {name} has no version {version} at {_where(settings)}; its versions: {there}")
     return version
 
 
 def _get_model(client: Any, name: str, settings: TrackingConfig) -> Any:
+    model = _if_there(lambda: client.get_registered_model(name))
+    if model is None:
+        there = ", ".join(sorted(model.name for model in _all_models(client))) or "none"
+        raise RegistryError(
+            f"no model {name!r} at {_where(settings)}; models there: {there}. "
+            "MLFLOW_TRACKING_URI chooses another server or database"
+        )
+    return model
+
+
+def _if_there(ask: Callable[[], Any]) -> Any | None:
+    """What MLflow answers, or None when it says that there is no such thing."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_registered_model(name)
+        return ask()
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-    there = ", ".join(sorted(model.name for model in _all_models(client))) or "none"
-    raise RegistryError(
-        f"no model {name!r} at {tracking_uri(settings)}; models there: {there}. "
-        "MLFLOW_TRACKING_URI chooses another server or database"
-    )
+        return None
 
 
 def _all_models(client: Any) -> list[Any]:
-    models: list[Any] = []
-    token = None
-    while token or not models:
-        page = client.search_registered_models(page_token=token)
+    page = client.search_registered_models()
+    models = list(page)
+    while page.token:
+        page = client.search_registered_models(page_token=page.token)
         models += page
-        token = page.token
-        if not token:
-            break
     return models
 
 
@@ -342,9 +337,6 @@ def _read_note(folder: Path) -> dict[str, Any]:
 
 def _fault(folder: Path, sha256: str) -> str | None:
     """What is wrong with a pulled folder, or None when its export is the one that was pushed."""
-    from pipeline.inference import export_sha256
-    from training.export import ExportError
-
     try:
         found = export_sha256(folder / EXPORT)
     except ExportError as error:
@@ -357,12 +349,14 @@ def _explained(settings: TrackingConfig) -> Iterator[None]:
     """Turn MLflow's exceptions into one that names the server and fits on a line or two."""
     from mlflow.exceptions import MlflowException
 
+    # Its bars count small files; a caller that pulls shows its own progress.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
         yield
     except MlflowException as error:
-        where = tracking_uri(settings)
-        if "Max retries exceeded" in str(error) or "failed with exception" in str(error):
+        where, message = _where(settings), _without_password(str(error))
+        if "failed with exception" in message:
             raise RegistryError(
-                f"MLflow at {where} does not answer; start the server, or set MLFLOW_TRACKING_URI: {str(error)[:200]}"
+                f"MLflow at {where} does not answer; start the server, or set MLFLOW_TRACKING_URI: {message[:200]}"
             ) from None
-        raise RegistryError(f"MLflow at {where} refused: {str(error)[:500]}") from None
+        raise RegistryError(f"MLflow at {where} refused: {message[:500]}") from None

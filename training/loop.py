@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,21 @@ Objective = Callable[[Any, dict[str, Any], int], tuple[torch.Tensor, dict[str, t
 _FREE_TO_CHANGE = {"out", "log_every", "checkpoint_every", "keep_checkpoints", "tracking"}
 
 
-def run_stage(stage: str, config: StageConfig, objective: Objective, corrupt: Corruption) -> int:
+def run_stage(
+    stage: str,
+    config: StageConfig,
+    objective: Objective,
+    corrupt: Corruption,
+    export_facts: Mapping[str, Any] | None = None,
+) -> int:
     """Train ``config.steps`` steps, resuming from ``config.out`` if it holds checkpoints; return an exit code.
 
     Each step is a pure function of the weights, the optimizer state and the step number: data, crops,
     degradations and variants are drawn from keys, never from a global random state. A killed run that
     is started again therefore reaches the same weights, bit for bit, at the same world size.
+
+    Args:
+        export_facts: what users of the export must know beyond its model's config.
 
     Returns:
         0 when finished (``out``/finished.json and ``out``/export are there), 75 when a signal asked to
@@ -155,9 +164,8 @@ def run_stage(stage: str, config: StageConfig, objective: Objective, corrupt: Co
         if average is not None:
             engine.module.load_state_dict(average.weights, strict=False)
         export = out / "export"
-        save_export(
-            engine.module, config.model, export, {k: facts[k] for k in ("stage", "code", "run_id", "dataset_id")}
-        )
+        origin = {name: facts[name] for name in ("stage", "code", "run_id", "dataset_id")}
+        save_export(engine.module, config.model, export, origin | dict(export_facts or {}))
         tracker.log_artifact(out / "config.yaml")
         tracker.finish()
         finished = {**facts, "step": config.steps, "export": str(export), "ranks": ranks.world_size}

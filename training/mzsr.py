@@ -126,9 +126,11 @@ def meta_objective(config: MZSRStageConfig) -> Objective:
 
 def train_mzsr(config: MZSRStageConfig) -> int:
     """Run the phase; see ``training.loop.run_stage`` for what is written and returned."""
+    facts = {"scale": config.scale}
     if config.phase == "large_scale":
-        return run_stage("mzsr_large_scale", config, large_scale_objective(config.scale), partial(shrink, config.scale))
-    return run_stage("mzsr_meta", config, meta_objective(config), keep_clean)
+        objective, corrupt = large_scale_objective(config.scale), partial(shrink, config.scale)
+        return run_stage("mzsr_large_scale", config, objective, corrupt, facts)
+    return run_stage("mzsr_meta", config, meta_objective(config), keep_clean, facts)
 
 
 if __name__ == "__main__":

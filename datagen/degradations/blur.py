@@ -29,11 +29,11 @@ SEEDS = Sequence[int]
 def blur(x: Tensor, kernel: Tensor | np.ndarray) -> Tensor:
     """Correlate every channel with ``kernel``; edges are mirrored with the edge pixel repeated ('symmetric').
 
-    ``x``: (N, C, H, W) float; ``kernel``: (k, k) for all samples or (N, k, k), k odd and below twice the image.
+    ``x``: (N, C, H, W) float; ``kernel``: (k, k) for all samples or (N, k, k), k odd, of any size.
     Done by FFT: time independent of the kernel, no TF32 on GPUs, differentiable; float32 error about 1e-7.
 
     Raises:
-        ValueError: the kernel is even, not square, or larger than mirroring once can serve.
+        ValueError: the kernel is even or not square, or there are not as many as samples.
     """
     kernel = torch.as_tensor(kernel).to(x)
     size = kernel.shape[-1]
@@ -43,8 +43,6 @@ def blur(x: Tensor, kernel: Tensor | np.ndarray) -> Tensor:
     if kernel.ndim == 3 and kernel.shape[0] != x.shape[0]:
         raise ValueError(f"{kernel.shape[0]} kernels for a batch of {x.shape[0]}")
     radius = size // 2
-    if radius > min(height, width):
-        raise ValueError(f"a {size}x{size} kernel needs an image of at least {radius} pixels, got {height}x{width}")
     padded = _pad_symmetric(x, radius)
     shape = (padded.shape[-2], padded.shape[-1])
     spectrum = torch.fft.rfft2(kernel.reshape(-1, 1, size, size), s=shape)

@@ -81,6 +81,8 @@ def replay(clean: Tensor, metas: Mapping[str, Any] | Sequence[Mapping[str, Any]]
     check_images(clean, channels=3)
     if len(metas) != clean.shape[0]:
         raise ValueError(f"{len(metas)} metas for a batch of {clean.shape[0]}")
+    if any("steps" not in meta for meta in metas):
+        raise ValueError("a meta holds no 'steps': it is not one that degrade has written")
     samples = list(clean)
     chains = [list(meta["steps"]) for meta in metas]
     for position in range(max(map(len, chains), default=0)):

@@ -102,17 +102,16 @@ class Step(Config):
     @model_validator(mode="after")
     def _check_parameters(self) -> "Step":
         if self.name not in STEPS:
-            raise ValueError(f"unknown step {self.name!r}{_nearest(self.name, STEPS)}. Allowed: {', '.join(STEPS)}")
+            raise ValueError(f"unknown step {self.name!r}{_nearest(self.name, STEPS)} Allowed: {', '.join(STEPS)}")
         known = STEPS[self.name].named()
         for name, distribution in self.parameters.items():
             if name not in known:
                 allowed = ", ".join(known) or "(none)"
                 raise ValueError(
-                    f"step {self.name}: unknown parameter {name!r}{_nearest(name, known)}. Allowed: {allowed}"
+                    f"step {self.name}: unknown parameter {name!r}{_nearest(name, known)} Allowed: {allowed}"
                 )
             try:
-                for value in distribution.extremes():
-                    known[name].check(value)
+                _check_range(known[name], distribution)
             except ValueError as error:
                 raise ValueError(f"step {self.name}: {error}") from None
         missing = [name for name, one in known.items() if one.default is None and name not in self.parameters]
@@ -197,7 +196,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     name = str(name_or_path)
     if name not in known:
         allowed = ", ".join(known) or f"none found in {RECIPES}"
-        raise ConfigError(f"unknown recipe {name!r}{_nearest(name, known)}. Known: {allowed}; or give a .yaml file")
+        raise ConfigError(f"unknown recipe {name!r}{_nearest(name, known)} Known: {allowed}; or give a .yaml file")
     return load_config(Recipe, known[name])
 
 
@@ -211,6 +210,16 @@ def _pick(rng: np.random.Generator, weights: list[float]) -> int:
     return int(np.searchsorted(bounds, rng.uniform(0, bounds[-1]), side="right"))
 
 
+def _check_range(parameter: Parameter | Option, distribution: Distribution) -> None:
+    for value in distribution.extremes():
+        parameter.check(value)
+    if isinstance(parameter, Parameter):
+        if parameter.integer and (distribution.uniform or distribution.log_uniform):
+            raise ValueError(f"{parameter.name}: draws whole numbers only; use integers: [low, high] or choice")
+        if parameter.odd and distribution.integers:
+            raise ValueError(f"{parameter.name}: draws odd numbers only; use choice: [7, 9, 11]")
+
+
 def _default(parameter: Parameter | Option, drawn: dict[str, Any]) -> Any:
     if isinstance(parameter, Parameter):
         same_as = parameter.default
@@ -220,4 +229,4 @@ def _default(parameter: Parameter | Option, drawn: dict[str, Any]) -> Any:
 
 def _nearest(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f"; did you mean {near[0]!r}?" if near else "."

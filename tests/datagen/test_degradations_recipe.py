@@ -78,6 +78,11 @@ def test_an_unknown_recipe_names_the_nearest_and_all() -> None:
             r"quality = 10.5: expected a whole number in \[1, 100\]",
         ),
         ({"name": "jpeg", "quality": 50, "subsampling": "4:1:1"}, r"subsampling = '4:1:1': expected one of '4:2:0'"),
+        ({"name": "jpeg", "quality": {"uniform": [10, 90]}}, r"quality: draws whole numbers only; use integers"),
+        (
+            {"name": "gaussian_blur", "sigma1": 1, "size": {"integers": [7, 9]}},
+            r"size: draws odd numbers only; use choice",
+        ),
         ({"name": "gaussian_blur", "sigma1": 1, "size": 8}, r"size = 8: must be odd"),
     ],
 )

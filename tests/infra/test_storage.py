@@ -71,8 +71,7 @@ def store(place: Place) -> Store:
 
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
+    s3_server.take_over(monkeypatch)
     return s3_server
 
 
@@ -271,7 +270,7 @@ def test_uploading_a_file_that_is_not_there_names_it(store: Store, tmp_path: Pat
 BOUNDED = """
 import resource, sys
 from infra.storage import StorageConfig, open_store
-store = open_store(sys.argv[1], StorageConfig(part_bytes=8 << 20, transfer_threads=2))
+store = open_store(sys.argv[1], StorageConfig(part_bytes=16 << 20, transfer_threads=2))
 store.write("warm", b"up"); store.read("warm")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 store.upload(sys.argv[2], "large")
@@ -289,7 +288,7 @@ def test_large_files_take_bounded_memory(store: Store, tmp_path: Path) -> None:
     output, _ = python(BOUNDED, store.uri, str(tmp_path / "large")).communicate(timeout=300)
     grown_kib = int(output)
     assert _sha256(tmp_path / "large.copy") == _sha256(tmp_path / "large")
-    assert grown_kib < 64 << 10, f"grew by {grown_kib >> 10} MiB for a file of {size >> 20} MiB"
+    assert grown_kib < 80 << 10, f"grew by {grown_kib >> 10} MiB for a file of {size >> 20} MiB"
 
 
 UNPICKLE = """
@@ -299,12 +298,11 @@ store.write("from/child", store.read("from/parent") + b" and child")
 """
 
 
-def test_a_pickled_store_works_in_another_process(
-    store: Store, monkeypatch: pytest.MonkeyPatch, s3_server: S3Server
-) -> None:
+def test_a_pickled_store_works_in_another_process(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.write("from/parent", b"parent")
     assert pickle.loads(pickle.dumps(store)) == store
-    assert s3_server.secret.encode() not in pickle.dumps(store)
+    if secret := os.environ.get("AWS_SECRET_ACCESS_KEY"):
+        assert secret.encode() not in pickle.dumps(store)
     # A worker on another host has its own environment; the endpoint must come with the store.
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     child = python(UNPICKLE)
@@ -317,7 +315,10 @@ def test_a_store_works_in_a_forked_child_and_in_threads(store: Store) -> None:
     store.write("shared", b"data")
     child = os.fork()
     if child == 0:
-        os._exit(0 if store.read("shared") == b"data" else 1)
+        try:
+            os._exit(0 if store.read("shared") == b"data" else 1)
+        finally:
+            os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     results: list[bytes] = []
     threads = [threading.Thread(target=lambda: results.append(store.read("shared"))) for _ in range(16)]
@@ -340,7 +341,7 @@ for _ in range(int(sys.argv[4])):
 """
 
 
-@pytest.mark.parametrize(("sizes", "rounds"), [((300_000, 200_000), 25), ((7 << 20, 6 << 20), 5)])
+@pytest.mark.parametrize(("sizes", "rounds"), [((300_000, 200_000), 25), ((7 << 20, 6 << 20), 3)])
 def test_readers_never_see_a_mix_of_two_writers(
     store: Store, tmp_path: Path, sizes: tuple[int, int], rounds: int
 ) -> None:

@@ -14,13 +14,18 @@ from tests.support.s3 import S3Server
 PART = 5 << 20
 
 
-@pytest.fixture
-def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+@pytest.fixture(scope="module")
+def running_proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
     with faulty_proxy(s3_server.endpoint) as running:
-        for name, value in s3_server.environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
         yield running
+
+
+@pytest.fixture
+def proxy(running_proxy: FaultyProxy, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> FaultyProxy:
+    running_proxy.clear()
+    s3_server.take_over(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", running_proxy.endpoint)
+    return running_proxy
 
 
 @pytest.fixture

@@ -62,6 +62,12 @@ class FaultyProxy:
             self.faults.append(fault)
         return fault
 
+    def clear(self) -> None:
+        """Forget the requests that came and the faults still to come."""
+        with self.lock:
+            self.faults.clear()
+            self.requests.clear()
+
     def seen(self, method: str, path: str = "") -> list[Request]:
         with self.lock:
             return [request for request in self.requests if request.method == method and path in request.path]

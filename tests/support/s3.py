@@ -39,7 +39,16 @@ class S3Server:
             "AWS_SECRET_ACCESS_KEY": self.secret,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         }
+
+    def take_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Point the AWS variables of this process here, whatever a developer's own are."""
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        for name, value in self.environment.items():
+            monkeypatch.setenv(name, value)
 
     @functools.cached_property
     def client(self) -> Any:

@@ -53,7 +53,7 @@ def transformer_block(weights: Weights, x: Tensor) -> Tensor:
 def prompt_block(weights: Weights, x: Tensor) -> Tensor:
     """PromptIR section 3: generation (pooled weights, mixed components, 3x3), then interaction (block, 1x1)."""
     share = F.linear(x.mean(dim=(2, 3)), weights["prompt.mixer.weight"], weights["prompt.mixer.bias"]).softmax(dim=1)
-    prompt = sum(share[:, i, None, None, None] * c for i, c in enumerate(weights["prompt.components"][0]))
+    prompt = sum(share[:, i, None, None, None] * c for i, c in enumerate(weights["prompt.components"]))
     prompt = F.interpolate(prompt, size=x.shape[-2:], mode="bilinear")
     prompt = F.conv2d(prompt, weights["prompt.conv.weight"], padding=1)
     x = F.conv2d(transformer_block(below(weights, "block"), torch.cat([x, prompt], 1)), weights["reduce.weight"])

@@ -63,21 +63,21 @@ def test_any_chain_of_world_sizes_reads_each_position_once(per_rank: int, chain:
     assert read == list(range(step * batch))
 
 
-def loader(dataset: Path, *, consumed: int = 0, steps: int = 6, rank: int = 0, world_size: int = 1, workers: int = 0) -> Any:
+def loader(
+    dataset: Path, *, consumed: int = 0, steps: int = 6, rank: int = 0, world_size: int = 1, workers: int = 0
+) -> Any:
     reader = ShardReader(str(dataset))
     data = DataConfig(dataset=str(dataset), patch=32, batch=8, crops_per_sample=2, workers=workers)
     state = StreamState(reader.dataset_id, 5, consumed)
     corrupt = partial(degrade_by_recipe, "dynet_pretrain")
-    return make_loader(
-        reader, data, state=state, steps=steps, corrupt=corrupt, rank=rank, world_size=world_size
-    )
+    return make_loader(reader, data, state=state, steps=steps, corrupt=corrupt, rank=rank, world_size=world_size)
 
 
 def test_batches_have_the_stated_form(small_dataset: Path) -> None:
     batch = next(iter(loader(small_dataset)))
     for name in ("clean", "degraded"):
         assert batch[name].shape == (8, 3, 32, 32) and batch[name].dtype == torch.float32
-        assert 0 <= batch[name].min() and batch[name].max() <= 1
+        assert batch[name].min() >= 0 and batch[name].max() <= 1
     assert len(batch["meta"]) == 8 and all(meta["steps"] for meta in batch["meta"])
     assert not torch.equal(batch["clean"], batch["degraded"])
 

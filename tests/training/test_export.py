@@ -142,9 +142,9 @@ def test_a_config_that_is_not_json_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_its_config_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="nothing written.*of another shape"):
+    with pytest.raises(ExportError, match=r"nothing written.*of another shape"):
         save_export(built(EDSR), EDSR.model_copy(update={"features": 16}), tmp_path, {})
-    with pytest.raises(ExportError, match="missing.*unexpected.*_orig_mod"):
+    with pytest.raises(ExportError, match=r"missing.*unexpected.*_orig_mod"):
         save_export(torch.compile(built(EDSR), backend="eager"), EDSR, tmp_path, {})
     assert list(tmp_path.iterdir()) == []
 

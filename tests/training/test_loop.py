@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from infra.config import load_config
 from infra.launcher import free_port, session_processes
+from tests.support.dataset import REPOSITORY
 from training.checkpoint import load_checkpoint
 from training.cotraining import variants_of_step
 from training.data.loader import make_loader
@@ -24,7 +25,6 @@ from training.export import load_export
 from training.models import build_model
 from training.optimization import MovingAverage, learning_rate, make_optimizer, set_learning_rate
 from training.pretrain import PretrainConfig
-from tests.support.dataset import REPOSITORY
 
 CONFIG = REPOSITORY / "configs/training/pretrain_demo.yaml"
 SMALL = ["model.dim=8", "data.patch=16", "data.batch=4", "data.crops_per_sample=2", "steps=6", "log_every=2"]
@@ -156,7 +156,9 @@ def test_sigterm_saves_and_ends_with_75_and_another_world_size_goes_on(small_dat
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.05)
         ranks = [p for p in session_processes(process.pid) if "--module" not in p.cmdline() and "-m" in p.cmdline()]
-        trainers = [p for p in ranks if "training.pretrain" in p.cmdline() and "deepspeed.launcher.launch" not in p.cmdline()]
+        trainers = [
+            p for p in ranks if "training.pretrain" in p.cmdline() and "deepspeed.launcher.launch" not in p.cmdline()
+        ]
         assert len(trainers) == 2
         trainers[1].send_signal(signal.SIGTERM)
         code = process.wait(60)
@@ -206,7 +208,11 @@ def test_ranks_do_not_outlive_a_killed_launcher(small_dataset: Path, tmp_path: P
 def test_bad_configuration_is_refused_before_any_work(tmp_path: Path, more: list[str], expected: str) -> None:
     arguments = ["--config", str(CONFIG), *overrides(tmp_path / "dataset", tmp_path / "out", *more)]
     result = subprocess.run(
-        [sys.executable, "-m", "training.pretrain", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "training.pretrain", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 2 and expected in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()

@@ -42,7 +42,7 @@ def crop_and_turn(picture: np.ndarray, patch: int, rng: np.random.Generator) -> 
         picture = np.pad(picture, ((0, bottom), (0, right), (0, 0)), mode="symmetric")
         height, width = picture.shape[:2]
     top, left = rng.integers(height - patch + 1), rng.integers(width - patch + 1)
-    crop = np.rot90(picture[top : top + patch, left : left + patch], rng.integers(4))
+    crop = np.rot90(picture[top : top + patch, left : left + patch], int(rng.integers(4)))
     return crop[:, ::-1] if rng.integers(2) else crop
 
 

@@ -51,7 +51,7 @@ class MDTA(nn.Module):
         self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape. Norms and softmax are float32 under autocast."""
+        """[N, C, H, W] -> the same shape. Norms and softmax are float32 at least, also under autocast."""
         batch, channels, height, width = x.shape
         per_head = channels // self.heads
         qkv = self.qkv_depthwise(self.qkv(x)).permute(0, 2, 3, 1).reshape(batch, height * width, 3 * channels)
@@ -60,7 +60,7 @@ class MDTA(nn.Module):
         # One product over all channels and its diagonal blocks: one kernel without a copy, where products per
         # head would first have to gather each head's channels.
         gram = (q.transpose(1, 2) @ k).view(batch, self.heads, per_head, self.heads, per_head)
-        gram = gram.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).float()
+        gram = gram.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).to(_at_least_float32(gram))
         rows = _pixel_norm(q).view(batch, self.heads, per_head, 1)
         columns = _pixel_norm(k).view(batch, self.heads, 1, per_head)
         attention = (gram / (rows * columns) * self.temperature).softmax(dim=-1)
@@ -73,7 +73,11 @@ class MDTA(nn.Module):
 
 def _pixel_norm(x: Tensor) -> Tensor:
     """[N, HW, C] -> [N, C], the length over pixels, at least 1e-12 as in ``F.normalize``."""
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min(1e-12)
+    return torch.linalg.vector_norm(x, dim=1, dtype=_at_least_float32(x)).clamp_min(1e-12)
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class GDFN(nn.Module):
@@ -137,16 +141,14 @@ class Prompt(nn.Module):
 
     def __init__(self, features: int, channels: int, length: int, size: int) -> None:
         super().__init__()
-        self.components = nn.Parameter(torch.rand(1, length, channels, size, size))
+        self.components = nn.Parameter(torch.rand(length, channels, size, size))
         self.mixer = nn.Linear(features, length)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [N, C, H, W] -> prompt [N, channels, H, W], channels-last."""
         weights = self.mixer(x.mean(dim=(2, 3))).softmax(dim=1)
-        mixed = (weights.to(self.components.dtype) @ self.components[0].flatten(1)).unflatten(
-            1, self.components.shape[2:]
-        )
+        mixed = (weights.to(self.components.dtype) @ self.components.flatten(1)).unflatten(1, self.components.shape[1:])
         resized = F.interpolate(mixed, size=x.shape[-2:], mode="bilinear", align_corners=False)
         return self.conv(resized.contiguous(memory_format=torch.channels_last))
 

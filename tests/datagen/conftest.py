@@ -1,0 +1,65 @@
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from datagen.build import build
+from datagen.config import DatagenConfig
+from datagen.embedded import corpus_files
+from infra.cluster import connect
+from infra.config import load_config
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "configs" / "datagen" / "demo.yaml"
+
+
+def run_datagen(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "datagen", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def shard_bytes(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((out / "shards").iterdir())}
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    with connect(num_cpus=2):
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., DatagenConfig]:
+    def make(out: Path, overrides: Sequence[str] = ()) -> DatagenConfig:
+        return load_config(DatagenConfig, DEMO, [f"out={out}", *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def built(
+    ray_cluster: None, make_config: Callable[..., DatagenConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The demo corpus, built once on two workers. Read only: `copied` is for tests that change it."""
+    out = tmp_path_factory.mktemp("built") / "dataset"
+    build(make_config(out))
+    return out
+
+
+@pytest.fixture
+def copied(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "dataset"))
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A folder with four small photographs."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for name in ("brick.png", "camera.png", "coins.png", "rocket.jpg"):
+        (folder / name).write_bytes(corpus_files("pictures")[name])
+    return folder

@@ -1,0 +1,162 @@
+"""The deployment files are what their programs take, and a node started by a scheduler ends as the scheduler asks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray.autoscaler
+import yaml
+from mlflow.cli import server as mlflow_server
+
+import infra
+from infra.launcher import free_port
+
+DEPLOY = Path(infra.__file__).parent / "deploy"
+FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file())
+SCRIPTS = [path for path in FILES if path.suffix in {".sh", ".sbatch"}]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_file_begins_by_saying_what_it_is_for(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    first = lines[1] if lines[0].startswith("#!") else lines[0]
+    assert first.startswith("# ") and len(first) > 30
+
+
+@pytest.mark.parametrize(
+    "path", [*SCRIPTS, DEPLOY.parent / "create_venv.sh", DEPLOY.parent / "install_test_tools.sh"], ids=lambda p: p.name
+)
+def test_scripts_parse_and_are_strict(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert "\nset -euo pipefail\n" in path.read_text()
+
+
+def test_ray_cluster_matches_rays_own_schema() -> None:
+    cluster = yaml.safe_load((DEPLOY / "ray" / "cluster.yaml").read_text())
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    jsonschema.validate(cluster, schema)
+    assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][1], "the job server is remote execution"
+
+
+def test_kubernetes_job_agrees_with_itself() -> None:
+    service, job = yaml.safe_load_all((DEPLOY / "kubernetes" / "pretrain.yaml").read_text())
+    spec = job["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert int(environment["NODES"]) == spec["completions"] == spec["parallelism"]
+    assert int(environment["RANKS_PER_NODE"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert service["metadata"]["name"] == pod["subdomain"], "pods would have no names"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert {
+        rule["onExitCodes"]["containerName"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule
+    } == {container["name"]}
+    script = container["args"][0]
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert (DEPLOY.parents[1] / environment["CONFIG"]).is_file()
+
+
+def test_mlflow_settings_are_ones_that_its_server_reads() -> None:
+    lines = (DEPLOY / "mlflow" / "mlflow.env").read_text().splitlines()
+    names = {line.split("=", 1)[0].removeprefix("#") for line in lines if "=" in line}
+    known: set[Any] = {parameter.envvar for parameter in mlflow_server.params}
+    others = {"MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    assert names - others - {"AWS_DEFAULT_REGION"} <= known
+    assert "PASSWORD" not in (DEPLOY / "mlflow" / "mlflow.service").read_text()
+
+
+def test_systemd_unit_has_no_unknown_key(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("no systemd-analyze on PATH")
+    unit = (DEPLOY / "mlflow" / "mlflow.service").read_text()
+    # The program is looked up as well, and stands where the unit says only on the machine it is for.
+    (tmp_path / "mlflow.service").write_text(unit.replace("/opt/ird/.venv/bin/mlflow", "/bin/true"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(tmp_path / "mlflow.service")], capture_output=True, text=True, timeout=60
+    )
+    assert "mlflow.service" not in done.stderr, done.stderr
+
+
+STAGE = """
+import os, signal, sys, time
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+me = f"{os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+open(f"started {me}", "w").close()
+while not stopped and "finish" not in sys.argv:
+    time.sleep(0.1)
+time.sleep(2)  # saving
+open(f"saved {me}", "w").close()
+sys.exit(75 if stopped else 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_group", [False, True], ids=["kubelet: one process", "slurm: all processes"])
+def test_a_node_that_is_told_to_stop_lets_its_ranks_save(tmp_path: Path, to_group: bool) -> None:
+    nodes = _two_nodes(tmp_path)
+    try:
+        _wait_for(tmp_path, {"started 0 of 2", "started 1 of 2"}, nodes)
+        for node in nodes:
+            (os.killpg if to_group else os.kill)(node.pid, signal.SIGTERM)
+        assert [node.wait(timeout=120) for node in nodes] == [75, 75], (tmp_path / "log").read_text()
+        assert (tmp_path / "saved 0 of 2").exists() and (tmp_path / "saved 1 of 2").exists()
+    finally:
+        _end(nodes)
+
+
+@pytest.mark.slow
+def test_nodes_that_finish_return_zero(tmp_path: Path) -> None:
+    nodes = _two_nodes(tmp_path, "finish")
+    try:
+        assert [node.wait(timeout=240) for node in nodes] == [0, 0], (tmp_path / "log").read_text()
+    finally:
+        _end(nodes)
+
+
+def _two_nodes(folder: Path, *arguments: str) -> list[subprocess.Popen[bytes]]:
+    """Two nodes on this machine: two names of it in the hostfile, two launches without ssh."""
+    (folder / "hostfile").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    (folder / "stage.py").write_text(STAGE)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "MASTER_PORT": str(free_port()),
+        "DS_ACCELERATOR": "cpu",
+    }
+    with open(folder / "log", "ab") as log:
+        return [
+            subprocess.Popen(
+                ["bash", str(DEPLOY / "run_node.sh"), str(rank), "127.0.0.1", "hostfile", "stage", *arguments],
+                cwd=folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            for rank in range(2)
+        ]
+
+
+def _wait_for(folder: Path, names: set[str], nodes: list[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + 240
+    while not names <= {path.name for path in folder.iterdir()}:
+        assert time.monotonic() < deadline, (folder / "log").read_text()
+        assert all(node.poll() is None for node in nodes), (folder / "log").read_text()
+        time.sleep(0.2)
+
+
+def _end(nodes: list[subprocess.Popen[bytes]]) -> None:
+    for node in nodes:
+        if node.poll() is None:
+            os.killpg(node.pid, signal.SIGKILL)
+            node.wait()

@@ -1,0 +1,288 @@
+"""Restoring arrays and files with real, randomly initialised networks."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from skimage import data
+
+from datagen.degradations.kernels import MZSR_SIZE, gaussian_kernel
+from datagen.degradations.resample import imresize
+from pipeline.inference import LoadedModel, RestoreOptions, load_model, resolve_options, restore_array
+from pipeline.pictures import read_picture
+from pipeline.restore import RECORD, resolve_model, restore_files
+from pipeline.samples import to_float, to_integers
+from training.adaptation import adapt_and_enlarge
+from training.export import WEIGHTS, ExportError, save_export
+from training.models import DyNetConfig, EDSRConfig, MDSRConfig, ModelConfig, MZSRConfig, PromptIRConfig, build_model
+
+CONFIGS: dict[str, ModelConfig] = {
+    "dynet": DyNetConfig(dim=8),
+    "promptir": PromptIRConfig(dim=8),
+    "edsr": EDSRConfig(blocks=2, features=16, scale=2),
+    "mdsr": MDSRConfig(blocks=2, features=16),
+    "mzsr": MZSRConfig(layers=4, features=16),
+}
+PHOTOGRAPH = to_float(np.ascontiguousarray(data.astronaut()[:200, 150:330]))
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        save_export(build_model(config), config, folder / name, {"stage": "test"})
+    return {name: folder / name for name in CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def load(exports: dict[str, Path]) -> Callable[[str], LoadedModel]:
+    loaded = {name: load_model(path, "cpu") for name, path in exports.items()}
+    return loaded.__getitem__
+
+
+def restore_quietly(*arguments: Any, **options: Any) -> tuple[int, str]:
+    """Exit code of ``restore_files`` on the CPU, and what it said."""
+    console = Console(file=io.StringIO(), width=300)
+    code = restore_files(*arguments, **options, device="cpu", console=console)
+    assert isinstance(console.file, io.StringIO)
+    return code, console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "scale"),
+    [("dynet", "small", 1), ("promptir", "", 1), ("edsr", "", 2), ("mdsr", "x3", 3), ("mzsr", "", 2)],
+)
+def test_tiles_agree_with_the_whole(load: Callable[[str], LoadedModel], name: str, variant: str, scale: int) -> None:
+    whole = restore_array(load(name), PHOTOGRAPH, RestoreOptions(variant=variant, tile=0))
+    assert whole.shape == (200 * scale, 180 * scale, 3)
+    assert whole.dtype == np.float32
+    # MZSR adapts to one tile; with a tile as large as the picture it must not matter whether there are several.
+    tile, overlap = (192, 32) if name == "mzsr" else (96, 32)
+    tiled = restore_array(load(name), PHOTOGRAPH, RestoreOptions(variant=variant, tile=tile, overlap=overlap))
+    assert np.abs(tiled - whole).max() <= 1 / 255
+    assert not (whole == PHOTOGRAPH).all() if scale == 1 else True
+
+
+def test_tiles_cover_every_size_without_seams(load: Callable[[str], LoadedModel]) -> None:
+    """A network that changes nothing shows each pixel that a tile misses or counts twice."""
+    model = load("edsr")
+    for parameter in (network := build_model(CONFIGS["dynet"])).parameters():
+        torch.nn.init.zeros_(parameter)
+    nothing = LoadedModel(network.eval(), CONFIGS["dynet"], {}, model.sha256)
+    rng = np.random.default_rng(0)
+    for height, width, tile, overlap in [(64, 65, 64, 0), (65, 200, 64, 32), (131, 67, 72, 16), (9, 300, 64, 1)]:
+        picture = rng.random((height, width, 3), dtype=np.float32)
+        restored = restore_array(nothing, picture, RestoreOptions(tile=tile, overlap=overlap))
+        assert np.abs(restored - picture).max() < 1e-6
+
+
+def test_variants_differ_and_depths_name_them(load: Callable[[str], LoadedModel]) -> None:
+    small, large, default, depths = (
+        restore_array(load("dynet"), PHOTOGRAPH[:64, :64], RestoreOptions(variant=variant))
+        for variant in ("small", "large", "", "[2,3,3,4]")
+    )
+    assert np.abs(small - large).max() > 1 / 255
+    assert (default == large).all()
+    assert (depths == small).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        ("dynet", {"variant": "huge"}, "small"),
+        ("dynet", {"variant": "[2,3]"}, "four whole numbers"),
+        ("dynet", {"variant": "[2,a,3,4]"}, "four depths"),
+        ("edsr", {"variant": "small"}, "default"),
+        ("edsr", {"kernel_variance": 2.0}, "kernel_variance"),
+        ("dynet", {"scale": 2}, "variant, tile, overlap"),
+        ("dynet", {"tile": 64, "overlap": 33}, "half the tile"),
+        ("dynet", {"tile": 10}, "at least 64"),
+    ],
+)
+def test_options_that_do_not_suit_are_refused(
+    load: Callable[[str], LoadedModel], name: str, options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        resolve_options(load(name), RestoreOptions(**options))
+
+
+def test_arrays_of_another_kind_are_refused(load: Callable[[str], LoadedModel]) -> None:
+    for wrong in (np.zeros((8, 8, 3)), np.zeros((8, 8), np.float32), np.zeros((0, 8, 3), np.float32)):
+        with pytest.raises(ValueError, match="expected float32"):
+            restore_array(load("dynet"), wrong)
+
+
+def test_mzsr_adapts_to_each_picture(load: Callable[[str], LoadedModel]) -> None:
+    model = load("mzsr")
+    picture = PHOTOGRAPH[:96, :80]
+    restored = restore_array(model, picture, RestoreOptions(kernel_variance=1.5))
+    tensor = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    network = model.network
+    network.requires_grad_(True)
+    expected = adapt_and_enlarge(network, tensor, gaussian_kernel(MZSR_SIZE, 1.5, 1.5), 2)
+    network.requires_grad_(False)
+    assert expected.losses[-1] < expected.losses[0]
+    assert np.abs(restored - expected.picture[0].permute(1, 2, 0).numpy()).max() < 1e-5
+    with torch.no_grad():
+        unadapted = network(imresize(tensor, 2)).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+    assert np.abs(restored - unadapted).max() > 1e-3
+    assert np.abs(restored - restore_array(model, picture, RestoreOptions(kernel_variance=4.0))).max() > 1e-4
+
+
+def test_mzsr_falls_back_to_bicubic_and_says_so(load: Callable[[str], LoadedModel]) -> None:
+    torch.manual_seed(0)
+    perfect = build_model(CONFIGS["mzsr"])
+    for parameter in list(perfect.parameters())[-2:]:
+        torch.nn.init.zeros_(parameter)  # adds nothing to the bicubic enlargement …
+    flat = np.full((64, 64, 3), 0.5, np.float32)  # … which is exact here, so that no step can help
+    said: list[str] = []
+    model = LoadedModel(perfect.eval(), CONFIGS["mzsr"], {}, load("mzsr").sha256)
+    restored = restore_array(model, flat, notify=said.append)
+    assert restored.shape == (128, 128, 3)
+    assert np.abs(restored - 0.5).max() < 1e-5
+    assert len(said) == 1
+    assert "bicubic" in said[0]
+    restore_array(model, PHOTOGRAPH[:20, :20], notify=said.append)
+    assert "too small" in said[1]
+
+
+def test_the_scale_of_mzsr_comes_from_the_export_or_the_caller(tmp_path: Path) -> None:
+    save_export(build_model(CONFIGS["mzsr"]), CONFIGS["mzsr"], tmp_path, {"scale": 3})
+    model = load_model(tmp_path, "cpu")
+    assert restore_array(model, PHOTOGRAPH[:60, :60]).shape == (180, 180, 3)
+    assert restore_array(model, PHOTOGRAPH[:60, :60], RestoreOptions(scale=4)).shape == (240, 240, 3)
+
+
+def test_a_folder_is_restored_once_and_bad_files_do_not_stop_it(exports: dict[str, Path], tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "deep").mkdir(parents=True)
+    picture = to_integers(PHOTOGRAPH[:48, :40])
+    Image.fromarray(picture).save(source / "a.png")
+    Image.fromarray(picture[..., 0]).save(source / "deep" / "grey.png")
+    Image.fromarray(picture).save(source / "deep" / "b.jpg")
+    Image.fromarray(np.dstack([picture, picture[..., 0]])).save(source / "alpha.webp", lossless=True, exact=True)
+    (source / "bad.png").write_text("text")
+    (source / "notes.txt").write_text("no picture")
+
+    code, said = restore_quietly(str(exports["dynet"]), source, out, variant="small")
+    assert code == 1
+    assert "4 restored with small, 1 failed" in said
+    assert "failed: bad.png: not a picture" in said
+    made = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert made == ["a.png", "alpha.webp", "deep/b.jpg", "deep/grey.png", RECORD]
+    model = load_model(exports["dynet"], "cpu")
+    expected = to_integers(restore_array(model, to_float(picture), RestoreOptions(variant="small")))
+    assert (np.asarray(Image.open(out / "a.png")) == expected).all()
+    assert Image.open(out / "deep" / "grey.png").mode == "L"
+    alpha = read_picture(out / "alpha.webp").alpha
+    assert alpha is not None
+    assert (to_integers(alpha) == picture[..., 0]).all()
+
+    written = {path: (out / path).stat().st_mtime_ns for path in made[:-1]}
+    (source / "bad.png").unlink()
+    code, said = restore_quietly(str(exports["dynet"]), source, out, variant="small")
+    assert (code, "0 restored with small, 4 already done" in said) == (0, True)
+    assert written == {path: (out / path).stat().st_mtime_ns for path in made[:-1]}
+
+    # Another input under the same name, a spoilt result, a lost result and a torn record are each noticed by content.
+    Image.fromarray(picture[::-1]).save(source / "a.png")
+    shutil.copyfile(out / "a.png", out / "deep" / "grey.png")
+    (out / "alpha.webp").unlink()
+    with open(out / RECORD, "a") as record:
+        record.write('{"name": "deep/b.j')
+    code, said = restore_quietly(str(exports["dynet"]), source, out, variant="small")
+    assert (code, "3 restored with small, 1 already done" in said) == (0, True)
+    names = [json.loads(line)["name"] for line in (out / RECORD).read_text().splitlines() if line.endswith("}")]
+    assert names[-3:] == ["a.png", "alpha.webp", "deep/grey.png"]
+
+    code, said = restore_quietly(str(exports["dynet"]), source, out, variant="large")
+    assert (code, "4 restored with large:" in said) == (0, True)
+
+
+def test_16_bits_in_16_bits_out_and_alpha_grows_with_the_picture(exports: dict[str, Path], tmp_path: Path) -> None:
+    from pipeline.pictures import Picture, write_picture
+
+    pixels = PHOTOGRAPH[:32, :24] ** 1.1  # values between the 8-bit ones
+    alpha = np.zeros((32, 24), np.float32)
+    alpha[:, 12:] = 1
+    write_picture(tmp_path / "in.png", Picture(pixels, alpha, bits=16, icc=b"a profile, whatever it says" * 9))
+    assert restore_quietly(str(exports["edsr"]), tmp_path / "in.png", tmp_path / "out.png")[0] == 0
+    restored = read_picture(tmp_path / "out.png")
+    assert (restored.bits, restored.pixels.shape) == (16, (64, 48, 3))
+    assert restored.alpha is not None
+    assert (restored.alpha[:, :20] < 0.01).all()
+    assert (restored.alpha[:, 28:] > 0.99).all()
+    stored = read_picture(tmp_path / "in.png").pixels
+    expected = restore_array(load_model(exports["edsr"], "cpu"), stored)
+    assert (to_integers(restored.pixels, np.uint16) == to_integers(expected, np.uint16)).all()
+    assert restored.icc == b"a profile, whatever it says" * 9
+
+
+def test_one_picture_goes_to_a_file_or_into_a_folder(exports: dict[str, Path], tmp_path: Path) -> None:
+    Image.fromarray(to_integers(PHOTOGRAPH[:24, :24])).save(tmp_path / "in.png")
+    for out, result in (("to.jpg", "to.jpg"), ("folder", "folder/in.png")):
+        assert restore_quietly(str(exports["dynet"]), tmp_path / "in.png", tmp_path / out)[0] == 0
+        assert read_picture(tmp_path / result).pixels.shape == (24, 24, 3)
+
+
+def test_results_inside_the_input_folder_are_no_inputs(exports: dict[str, Path], tmp_path: Path) -> None:
+    Image.fromarray(to_integers(PHOTOGRAPH[:24, :24])).save(tmp_path / "in.png")
+    for _ in range(2):
+        assert restore_quietly(str(exports["dynet"]), tmp_path, tmp_path / "restored")[0] == 0
+    assert sorted(p.name for p in (tmp_path / "restored").iterdir()) == ["in.png", RECORD]
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "options", "complaint"),
+    [
+        ("none.png", "out", {}, "no such file or folder"),
+        ("in.png", "in.png", {}, "is the input itself"),
+        ("in.png", "out.gif", {}, "choose one of"),
+        (".", ".", {}, "is the input folder itself"),
+        (".", "in.png", {}, "is a file"),
+        ("empty", "out", {}, "no pictures below it"),
+        ("in.png", "out.png", {"variant": "huge"}, "no variant 'huge'"),
+        ("in.png", "out.png", {"tile": -1}, "tile: "),
+    ],
+)
+def test_refused_before_any_work(
+    exports: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+    out: str,
+    options: dict[str, Any],
+    complaint: str,
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "in.png")
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.iterdir())
+    assert restore_quietly(str(exports["dynet"]), tmp_path / source, tmp_path / out, **options)[0] == 2
+    assert complaint in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_folders_without_a_sound_model_are_refused(exports: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"models:/NAME@ALIAS"):
+        resolve_model(str(tmp_path / "none"))
+    with pytest.raises(ExportError, match="missing"):
+        resolve_model(str(tmp_path))
+    shutil.copytree(exports["dynet"], tmp_path / "broken")
+    with open(tmp_path / "broken" / WEIGHTS, "r+b") as file:
+        file.seek(-3, io.SEEK_END)
+        file.write(b"\0\1\2")
+    with pytest.raises(ExportError, match="sha256"):
+        resolve_model(str(tmp_path / "broken"))
+    grey = EDSRConfig(blocks=1, features=8, channels=1, mean=(0.5,))
+    save_export(build_model(grey), grey, tmp_path / "grey", {})
+    with pytest.raises(ExportError, match="three"):
+        resolve_model(str(tmp_path / "grey"))
