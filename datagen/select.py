@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from datagen.config import DatagenConfig, SelectConfig
 from datagen.dataset import SELECTION, write_table
@@ -73,7 +74,7 @@ def select(config: DatagenConfig, store: Store) -> dict[str, Any]:
     write_table(store, SELECTION, selection)
     counts = count_verdicts(selection)
     progress.advance(inventory.num_rows, notes=f"{counts['kept'] / max(1, inventory.num_rows):.1%} kept")
-    unusable = guard.filter(pa.compute.not_equal(guard.column("verdict"), "measured"))
+    unusable = guard.filter(pc.not_equal(guard.column("verdict"), "measured"))
     return {
         **counts,
         "tiles": sum(len(tiles) for tiles in selection.column("tiles").to_pylist()),
@@ -94,11 +95,10 @@ def judge(inventory: pa.Table, guard: pa.Table, config: DatagenConfig) -> pa.Tab
         verdict = {"measured": "kept"}.get(row["verdict"], row["verdict"])
         rows.append({**row, "verdict": verdict, "detail": row["error"], "tiles": []})
     measures = _measures(inventory)
-    leaked = _reject_leaks(rows, inventory, guard, config.select)
+    _reject_leaks(rows, inventory, guard, config.select)
     _reject_by_gates(rows, measures, config.select)
     _reject_duplicates(rows, inventory, measures, config.select)
     _choose_tiles(rows, inventory, config)
-    assert all(rows[i]["reason"] == "leak" for i in leaked)
     names = SELECTION_SCHEMA.names
     return pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows], schema=SELECTION_SCHEMA)
 
@@ -138,10 +138,10 @@ def _reject_by_gates(rows: list[dict[str, Any]], measures: dict[str, np.ndarray]
                 rows[i] |= {"verdict": "rejected", "reason": gate.reason, "detail": detail}
 
 
-def _reject_leaks(rows: list[dict[str, Any]], inventory: pa.Table, guard: pa.Table, config: SelectConfig) -> list[int]:
+def _reject_leaks(rows: list[dict[str, Any]], inventory: pa.Table, guard: pa.Table, config: SelectConfig) -> None:
     theirs = [i for i, verdict in enumerate(guard.column("verdict").to_pylist()) if verdict == "measured"]
     ours = [i for i, row in enumerate(rows) if row["verdict"] == "kept"]
-    matches = _near(guard.take(theirs), inventory.take(ours), config.leak_radius, config.leak_correlation)
+    matches = _near(_rows(guard, theirs), _rows(inventory, ours), config.leak_radius, config.leak_correlation)
     names = guard.column("source").to_pylist()
     best: dict[int, tuple[int, float, int]] = {}
     for guarded, found, distance, likeness in matches:
@@ -151,7 +151,6 @@ def _reject_leaks(rows: list[dict[str, Any]], inventory: pa.Table, guard: pa.Tab
         # Guard pictures are sources of the same kind: their names say which evaluation set they belong to.
         rows[i] |= {"verdict": "rejected", "reason": "leak", "partner": names[guarded], "detail": None}
         rows[i] |= {"distance": distance, "correlation": -likeness}
-    return list(best)
 
 
 def _reject_duplicates(
@@ -168,7 +167,7 @@ def _reject_duplicates(
             partner = rows[keeper]["source"]
             rows[i] |= {"verdict": "rejected", "reason": "exact_duplicate", "partner": partner, "distance": 0}
     order = np.array([i for i in order if rows[i]["verdict"] == "kept"], dtype=np.int64)
-    table = inventory.take(order)
+    table = _rows(inventory, order.tolist())
     neighbours: dict[int, list[tuple[int, int, float]]] = collections.defaultdict(list)
     for better, worse, distance, likeness in _near(table, table, config.duplicate_radius, config.duplicate_correlation):
         if better < worse:
@@ -199,6 +198,10 @@ def _near(queries: pa.Table, base: pa.Table, radius: int, likeness: float) -> li
     return confirmed
 
 
+def _rows(table: pa.Table, indices: list[int]) -> pa.Table:
+    return table.take(pa.array(indices, pa.int64()))  # An empty list alone would have no type.
+
+
 def _hashes(table: pa.Table) -> np.ndarray:
     return np.array(table.column("phash").to_pylist(), dtype=np.uint64)
 
@@ -210,7 +213,7 @@ def _thumb(value: Any) -> np.ndarray:
 def _choose_tiles(rows: list[dict[str, Any]], inventory: pa.Table, config: DatagenConfig) -> None:
     columns = ["width", "height", "cell_laplacian_variance", "cell_flat_fraction"]
     kept = [i for i, row in enumerate(rows) if row["verdict"] == "kept"]
-    for i, cells in zip(kept, inventory.select(columns).take(kept).to_pylist()):
+    for i, cells in zip(kept, _rows(inventory.select(columns), kept).to_pylist()):
         width, height, sharp, flat = (cells[name] for name in columns)
         boxes = choose_tiles(width, height, np.array(sharp), np.array(flat), config.tiles)
         rows[i]["tiles"] = [box._asdict() for box in boxes]

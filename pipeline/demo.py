@@ -150,7 +150,11 @@ def _stages(config: DemoConfig, root: Path, parent_run_id: str, say: Callable[[s
         Stage(
             "dataset",
             "Curation and sharding on Ray: scan, select, pack, verify",
-            python("datagen build", config.datagen, *sources, pick=_curation_line),
+            partial(
+                _tracked_curation,
+                config.tracking.model_copy(update={"parent_run_id": parent_run_id}),
+                python("datagen build", config.datagen, *sources, pick=_curation_line),
+            ),
             stage_settings(config.datagen),
             after=["corpus"],
         ),
@@ -187,6 +191,26 @@ def _stages(config: DemoConfig, root: Path, parent_run_id: str, say: Callable[[s
         ),
         Stage("report", "Report", partial(_report, root), {"version": 1}, after=["restore"]),
     ]
+
+
+def _tracked_curation(
+    tracking: TrackingConfig, curate: Callable[[Path], Mapping[str, Any]], folder: Path
+) -> Mapping[str, Any]:
+    """Curate, then record the funnel and the dataset id as a run; Ray jobs themselves know nothing of MLflow."""
+    facts = curate(folder)
+    dataset = json.loads((folder / "out" / "dataset.json").read_text())
+    summary = folder / "out" / "curation" / "summary.json"
+    select = json.loads(summary.read_text())["select"]
+    tracker = Tracker(tracking, "dataset", folder)
+    tracker.set_tags({"ird.stage": "dataset", "ird.dataset_id": dataset["id"]})
+    tracker.log_params(dataset["config"])
+    counts = {f"{kind}.{reason}": n for kind in ("rejected", "failed") for reason, n in select[kind].items()}
+    counts |= {name: select[name] for name in ("inputs", "kept", "tiles")}
+    tracker.log_metrics({name: float(count) for name, count in counts.items()}, step=0)
+    tracker.log_artifact(summary)
+    tracker.log_artifact(folder / "out" / "dataset.json")
+    tracker.finish()
+    return {**facts, "dataset_id": dataset["id"], "run_id": tracker.run_id}
 
 
 def _curation_line(line: str) -> str | None:

@@ -136,8 +136,9 @@ def restore_array(
 ) -> np.ndarray:
     """Restore one picture, in tiles when it is larger than ``options.tile``.
 
-    Networks that look at the whole picture (the attention of DyNet does) see one tile at a time, so that a tiled
-    result differs a little from the whole one. Memory beyond input and result is that of one tile.
+    Tiles of convolutional networks (EDSR, MDSR, MZSR) make up the whole picture's result. DyNet and PromptIR look
+    at all they are given (channel attention, prompts spread over the picture), so that tiles make another
+    result than the whole picture would. Memory beyond input and result is that of one tile.
 
     Args:
         picture: float32 [H, W, 3] in [0, 1].
@@ -218,7 +219,7 @@ def _adapt(
     for lr in _ADAPTATION_LRS:
         leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
         weights, loss = inner_step(network, leaves, son, target, lr)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     weights = {name: value.detach() for name, value in weights.items()}
     with torch.no_grad():
         losses.append(float(functional.l1_loss(functional_call(network, weights, (son,)), target)))
@@ -252,12 +253,22 @@ def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def _fades(spans: list[tuple[int, int]], scale: int) -> list[torch.Tensor]:
-    """For each span the share [scale * (end - start)] that it has in the result; the shares at a place sum to 1."""
-    shares = torch.zeros(len(spans), scale * spans[-1][1])
+    """For each span the share [scale * (end - start)] that it has in the result; the shares at a place sum to 1.
+
+    A tile knows nothing of what lies beyond its edge, so the outer parts of an overlap are left to the neighbour, and
+    the fade lies in the middle.
+    """
+    shares = torch.ones(len(spans), scale * spans[-1][1])
     for share, (start, end), before, after in zip(shares, spans, [None, *spans], [*spans[1:], None]):
-        places = torch.arange(scale * start, scale * end) + 0.5
-        rise = (places - scale * start) / (scale * (before[1] - start)) if before else torch.ones(len(places))
-        fall = (scale * end - places) / (scale * (end - after[0])) if after else torch.ones(len(places))
-        share[scale * start : scale * end] = torch.minimum(rise, fall).clamp(max=1)
+        share[: scale * start] = share[scale * end :] = 0
+        if before:
+            share[scale * start : scale * before[1]] = _rise(scale * (before[1] - start))
+        if after:
+            share[scale * after[0] : scale * end] *= _rise(scale * (end - after[0])).flip(0)
     shares /= shares.sum(dim=0)
     return [share[scale * start : scale * end] for share, (start, end) in zip(shares, spans)]
+
+
+def _rise(length: int) -> torch.Tensor:
+    """From 0 to 1 over the middle third of ``length`` places; with its mirror image it sums to 1."""
+    return (3 * (torch.arange(length) + 0.5) / length - 1).clamp(0, 1)

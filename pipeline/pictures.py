@@ -5,7 +5,9 @@ EXIF orientation is applied to the pixels. Other metadata (camera, place, thumbn
 """
 
 import io
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".t
 SUFFIXES = tuple(_FORMATS)
 _EXIF_ORIENTATION = 0x0112
 _BGR_ORDER = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}  # RGB to OpenCV's order and back, by number of channels
+_PNG_HEADER = 33  # bytes of the signature and the chunk IHDR, behind which a profile belongs
 # Restoring is no reason to lose quality again: JPEG near the top of its range, everything else without loss.
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {},
@@ -150,12 +153,16 @@ def _samples_of_16_bits(data: bytes) -> np.ndarray:
 
 
 def _encode_png_16(samples: np.ndarray, icc: bytes | None) -> bytes:
-    kinds, blobs = ([cv2.IMAGE_METADATA_ICCP], [np.frombuffer(icc, np.uint8)]) if icc else ([], [])
-    ordered = np.ascontiguousarray(samples[..., _BGR_ORDER[samples.shape[2]]])
-    done, encoded = cv2.imencodeWithMetadata(".png", ordered, kinds, blobs)
+    done, encoded = cv2.imencode(".png", np.ascontiguousarray(samples[..., _BGR_ORDER[samples.shape[2]]]))
+    data = encoded.tobytes()
     if not done:
         raise PictureError("OpenCV could not encode it as a 16-bit PNG")
-    return encoded.tobytes()
+    if icc is None:
+        return data
+    # By hand, because libpng refuses profiles that it finds fault with, and a profile is kept as it came.
+    body = b"iCCPICC profile\0\0" + zlib.compress(icc)
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    return data[:_PNG_HEADER] + chunk + data[_PNG_HEADER:]
 
 
 def _encode_tiff_16(samples: np.ndarray, icc: bytes | None) -> bytes:

@@ -195,7 +195,7 @@ def _log_model(
     kinds: dict[type, str] = {str: "string", int: "long", float: "double"}
     defaults = offered_options(config, metadata)
     params = ParamSchema([ParamSpec(key, kinds[type(value)], value) for key, value in defaults.items()])
-    ramp = np.arange(16, dtype=np.uint8) * 17
+    ramp = np.arange(64, dtype=np.uint8) * 4
     example = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], ramp[::-1, None]), axis=-1)[None]
     search_path = sys.path
     try:

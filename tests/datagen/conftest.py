@@ -1,7 +1,8 @@
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,27 @@ from datagen.config import DatagenConfig
 from datagen.embedded import corpus_files
 from infra.cluster import connect
 from infra.config import load_config
+from infra.storage import open_store
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "datagen" / "demo.yaml"
 
 
-def run_datagen(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_datagen(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "datagen", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "datagen", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
 def shard_bytes(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((out / "shards").iterdir())}
+    """Name and content of every published shard; a killed worker may leave an unpublished file beside them."""
+    store = open_store(out)
+    return {entry.key: store.read(entry.key) for entry in store.list("shards/")}
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 from datagen.config import DatagenConfig
 from datagen.dataset import SELECTION, read_table
 from datagen.scan import read_inventory
-from datagen.select import COLUMNS, GATES, count_verdicts, judge
+from datagen.select import COLUMNS, GATES, Gate, count_verdicts, judge
 from infra.config import load_config
 from infra.storage import open_store
 
@@ -48,30 +48,40 @@ def test_each_bad_file_of_the_demo_gets_the_reason_it_was_made_for(tables: tuple
     assert sum(len(row["tiles"]) for row in rows.values()) >= 16
 
 
-def test_every_gate_rejects_under_a_strict_limit_and_none_under_a_loose_one(tables: tuple[pa.Table, pa.Table]) -> None:
-    loose = {gate.limit: "0" if gate.limit.startswith("min_") else "1" for gate in GATES}
-    loose |= {"max_aspect": "100.0", "max_blockiness": "100.0", "max_noise": "100.0"}
-    settings = {
-        name: value if name in ("min_side", "min_jpeg_quality") else str(float(value)) for name, value in loose.items()
-    }
-    strict = {
-        **dict.fromkeys(loose, "0.0"),
-        "min_side": "10000",
-        "max_aspect": "1.0",
-        "min_jpeg_quality": "100",
-        "min_bits_per_pixel": "50.0",
-        "min_laplacian_variance": "1e9",
-        "min_entropy": "8.0",
-        "max_blockiness": "1.0",
-    }
-    for gate in GATES:
-        chosen = settings | {gate.limit: strict[gate.limit]}
-        rows = verdicts(tables, *(f"select.{name}={value}" for name, value in chosen.items()))
-        assert {row["reason"] for row in rows.values()} & {g.reason for g in GATES} == {gate.reason}
+STRICT = {
+    "min_side": 10000,
+    "max_aspect": 1.0,
+    "min_jpeg_quality": 100,
+    "min_bits_per_pixel": 50.0,
+    "min_laplacian_variance": 1000000000.0,
+    "max_flat_fraction": 0.0,
+    "min_entropy": 8.0,
+    "max_blockiness": 1.0,
+    "max_noise": 0.0,
+    "max_overexposed": 0.0,
+    "max_underexposed": 0.0,
+}
+LOOSE = {name: 1 if name.startswith("min_") else 100.0 for name in STRICT} | {
+    "max_flat_fraction": 1.0,
+    "max_overexposed": 1.0,
+    "max_underexposed": 1.0,
+    "min_bits_per_pixel": 0.0,
+    "min_laplacian_variance": 0.0,
+    "min_entropy": 0.0,
+}
+
+
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.reason)
+def test_a_gate_rejects_under_a_strict_limit_and_none_does_under_loose_ones(
+    tables: tuple[pa.Table, pa.Table], gate: Gate
+) -> None:
+    limits = LOOSE | {gate.limit: STRICT[gate.limit]}
+    rows = verdicts(tables, *(f"select.{name}={value}" for name, value in limits.items()))
+    assert {row["reason"] for row in rows.values()} & {gate.reason for gate in GATES} == {gate.reason}
 
 
 def test_the_larger_copy_is_kept_whatever_its_name(tables: tuple[pa.Table, pa.Table]) -> None:
-    # Without the mean side gate the 64-pixel astronaut is a near copy too, and the smallest.
+    # Without the gate on its side the 64-pixel astronaut is a near copy too, and the smallest.
     rows = verdicts(tables, "select.min_side=1", "select.max_blockiness=100.0")
     assert rows["astronaut_tiny.png"]["reason"] == "near_duplicate"
     assert rows["astronaut_tiny.png"]["partner"] == "source-0/astronaut.png"

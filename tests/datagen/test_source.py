@@ -23,7 +23,7 @@ def test_listing_is_sorted_within_each_source_and_passes_over_other_files(tmp_pa
 
 
 def test_missing_folder_and_folder_without_pictures_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="leak_guard.*no such folder"):
+    with pytest.raises(SourceError, match=r"leak_guard.*no such folder"):
         require_folders((SourceConfig(uri=str(tmp_path / "nowhere")),), "leak_guard")
     with pytest.raises(SourceError, match="no picture there"):
         list_pictures((SourceConfig(uri=str(tmp_path)),))

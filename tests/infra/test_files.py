@@ -1,6 +1,5 @@
 """Atomic publication under failure and under kill."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -20,12 +19,9 @@ def test_writes_and_replaces(tmp_path: Path) -> None:
 
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0o022)
-    try:
-        write_atomically(tmp_path / "f", b"")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o644
+    code = "import sys; from infra.files import write_atomically; write_atomically(sys.argv[1], b'')"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "f")], check=True, umask=0o027)
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o640
 
 
 def test_an_exception_publishes_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""The first two doors, typed as the README has them, on a real Ray cluster and under the real launcher."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.launcher import free_port
+from tests.support.dataset import REPOSITORY
+
+BIN = Path(sys.executable).parent
+
+
+def readme_commands() -> list[str]:
+    """The shell commands of README.md, continued lines joined, comments dropped."""
+    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split("#")[0].split()) for line in lines if line.split("#")[0].strip()]
+
+
+def readme_command(start: str) -> list[str]:
+    found = [command for command in readme_commands() if command.startswith(start)]
+    assert len(found) == 1, (start, readme_commands())
+    return shlex.split(found[0])
+
+
+def environment(**more: str) -> dict[str, str]:
+    # Where Ray's variables of an outer cluster are set, the head of this test must not join it.
+    mine = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return {**mine, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.fixture(scope="module")
+def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """A real cluster of one node with a dashboard; its environment must be used to talk to it."""
+    folder = tmp_path_factory.mktemp("cluster")
+    dashboard = free_port()
+    mine = environment(RAY_AUTH_MODE="disabled")
+    start = ["ray", "start", "--head", f"--port={free_port()}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    start += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--temp-dir=/tmp/ird-ray-{os.getpid()}"]
+    subprocess.run(start, cwd=folder, env=mine, check=True, capture_output=True, timeout=180)
+    yield f"http://127.0.0.1:{dashboard}", mine
+    subprocess.run(["ray", "stop", "--force"], env=mine, capture_output=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_the_first_door(ray_address: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    address, mine = ray_address
+    command = readme_command("ray job submit")
+    command[command.index("--address") + 1] = address
+    result = subprocess.run(
+        [*command, f"out={tmp_path / 'dataset'}"], cwd=REPOSITORY, env=mine, capture_output=True, text=True, timeout=500
+    )
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, said[-4000:]
+    assert (tmp_path / "dataset" / "dataset.json").exists()
+    verify = [sys.executable, "-m", "datagen", "verify", f"out={tmp_path / 'dataset'}"]
+    assert subprocess.run(verify, cwd=REPOSITORY, env=mine, capture_output=True, timeout=200).returncode == 0
+
+
+def test_the_packaged_working_directory_is_small() -> None:
+    """What ``ray job submit`` uploads: everything below the repository that .gitignore and .rayignore leave."""
+    from ray._private.runtime_env.packaging import create_package, get_uri_for_directory
+
+    del get_uri_for_directory
+    target = Path(os.environ.get("TMPDIR", "/tmp")) / f"ird-package-{os.getpid()}.zip"
+    try:
+        create_package(
+            str(REPOSITORY), target, include_gitignore=True, excludes=[".git", ".venv", "venv", "__pycache__"]
+        )
+        assert target.stat().st_size < 10 * 2**20
+    finally:
+        target.unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+def test_the_second_door(small_dataset: Path, tmp_path: Path) -> None:
+    command = readme_command("deepspeed")
+    command[1:1] = ["--master_port", str(free_port())]
+    settings = [f"data.dataset={small_dataset}", f"out={tmp_path / 'out'}", "steps=4", "log_every=2"]
+    mine = environment(MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    result = subprocess.run(
+        [*command, *settings], cwd=REPOSITORY, env=mine, capture_output=True, text=True, timeout=500
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert (tmp_path / "out" / "finished.json").exists() and (
+        tmp_path / "out" / "export" / "model.safetensors"
+    ).exists()

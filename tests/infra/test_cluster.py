@@ -1,0 +1,137 @@
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from infra.cluster import ClusterError, connect, launch_directory, map_tasks
+
+
+@pytest.fixture(scope="module")
+def resources() -> Iterator[dict[str, float]]:
+    with connect(num_cpus=2) as found:
+        yield found
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def thread_counts(_: int) -> tuple[str | None, str | None]:
+    return os.environ.get("OMP_NUM_THREADS"), os.environ.get("OPENCV_FOR_THREADS_NUM")
+
+
+def fail_at_three(number: int) -> int:
+    if number == 3:
+        raise FileNotFoundError("number three")
+    return number
+
+
+def die_once(marker: Path) -> str:
+    if not marker.exists():
+        marker.touch()
+        os._exit(1)
+    return marker.name
+
+
+def die(_: int) -> None:
+    os._exit(1)
+
+
+def test_a_local_cluster_has_the_cores_asked_for_and_pins_threads(resources: dict[str, float]) -> None:
+    assert resources["CPU"] == 2
+    assert set(map_tasks(thread_counts, range(4))) == {("1", "1")}
+
+
+def test_every_item_is_run_once(resources: dict[str, float]) -> None:
+    assert sorted(map_tasks(square, range(30))) == [number * number for number in range(30)]
+    assert list(map_tasks(square, [])) == []
+
+
+def test_items_are_taken_only_as_cores_come_free(resources: dict[str, float]) -> None:
+    taken = []
+    results = map_tasks(square, (taken.append(i) or i for i in range(1000)), in_flight_per_cpu=2)
+    next(results)
+    assert len(taken) <= 2 * 2
+    results.close()
+
+
+def test_an_exception_of_the_task_arrives_as_it_was_raised(resources: dict[str, float]) -> None:
+    with pytest.raises(FileNotFoundError, match="number three"):
+        list(map_tasks(fail_at_three, range(5)))
+
+
+def test_a_task_whose_worker_died_is_run_again(resources: dict[str, float], tmp_path: Path) -> None:
+    assert list(map_tasks(die_once, [tmp_path / "marker"])) == ["marker"]
+
+
+def test_a_task_that_always_kills_its_worker_is_given_up(resources: dict[str, float]) -> None:
+    with pytest.raises(ClusterError, match="died 2 times"):
+        list(map_tasks(die, [0], retries=1))
+
+
+def test_a_connection_that_is_there_is_used_and_left_open(resources: dict[str, float]) -> None:
+    with connect(num_cpus=7) as found:
+        assert found["CPU"] == 2
+    assert ray.is_initialized()
+
+
+SQUARES = """
+import sys
+sys.path.insert(0, {root!r})
+from infra.cluster import connect, map_tasks
+from tests.infra.test_cluster import square, thread_counts
+with connect() as resources:
+    print(resources["CPU"], sorted(map_tasks(square, range(3))), set(map_tasks(thread_counts, [0])))
+"""
+
+
+def test_ray_address_is_joined_and_not_shut_down(resources: dict[str, float]) -> None:
+    address = ray.get_runtime_context().gcs_address
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", SQUARES.format(root=root)],
+        env={**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "2.0 [0, 1, 4] {('1', '1')}", done.stderr
+    assert list(map_tasks(square, [5])) == [25]
+
+
+def test_no_token_is_left_in_the_home_folder(tmp_path: Path) -> None:
+    code = "from infra.cluster import connect\nimport os\nwith connect(1): pass\nprint(os.environ.get('RAY_AUTH_MODE'))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "HOME": str(tmp_path)},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "None", done.stderr
+    assert not (tmp_path / ".ray").exists()
+
+
+def test_relative_paths_hold_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert launch_directory() == tmp_path
+
+
+def launched_from(folder: Path) -> str:
+    # What the driver of a Ray job sees: a copy of the working directory, below a raylet.
+    copy = folder / "runtime_resources" / "working_dir_files"
+    copy.mkdir(parents=True)
+    os.chdir(copy)
+    return str(launch_directory())
+
+
+def test_in_a_jobs_copy_relative_paths_hold_from_where_ray_was_started(
+    resources: dict[str, float], tmp_path: Path
+) -> None:
+    assert list(map_tasks(launched_from, [tmp_path])) == [str(Path.cwd())]
