@@ -16,14 +16,12 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
-from torch.func import functional_call
-from torch.nn import functional
 
 from datagen.degradations.kernels import MZSR_SIZE, gaussian_kernel
 from datagen.degradations.resample import imresize
 from infra.config import Config
 from infra.files import sha256_of_file
-from training.adaptation import inner_step, shrink_blurred
+from training.adaptation import adapt, enlarge
 from training.export import CONFIG, WEIGHTS, ExportError, load_export
 from training.models import DyNetConfig, ModelConfig, scale_of, variants_of
 from training.models.inputs import check_variant
@@ -31,7 +29,6 @@ from training.models.inputs import check_variant
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 _ALIGNMENT = 8  # DyNet works on blocks of 8 pixels: tiles that start on a multiple see the blocks of the whole picture
-_ADAPTATION_LRS = (0.02,)  # one step, as in the paper's "one-step adaptation"
 
 
 class RestoreOptions(Config):
@@ -198,32 +195,12 @@ def _adapted(
     top, left = ((side - kept) // 2 for side, kept in zip(image.shape[-2:], sides))
     target = image[..., top : top + sides[0], left : left + sides[1]]
     kernel = gaussian_kernel(MZSR_SIZE, options.kernel_variance, options.kernel_variance)
-    weights, before, after = _adapt(network, target, kernel, options.scale)
-    if not after < before:
+    adapted = adapt(network, target, kernel, options.scale)
+    if not adapted.helped:
+        before, after = adapted.losses[0], adapted.losses[-1]
         notify(f"adaptation did not help (loss {before:.4f} before, {after:.4f} after); enlarged by bicubic")
         return bicubic
-    return lambda tile: functional_call(network, weights, (bicubic(tile),))
-
-
-def _adapt(
-    network: nn.Module, target: torch.Tensor, kernel: torch.Tensor, scale: int
-) -> tuple[dict[str, torch.Tensor], float, float]:
-    """Weights after adaptation to ``target``, and the loss on it before and after.
-
-    The steps of ``training.adaptation.adapt_and_enlarge``, which hands out a picture and keeps the weights that
-    tiles need.
-    """
-    son = imresize(shrink_blurred(target, kernel, scale), scale)
-    weights = {name: value.detach() for name, value in network.named_parameters()}
-    losses = []
-    for lr in _ADAPTATION_LRS:
-        leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
-        weights, loss = inner_step(network, leaves, son, target, lr)
-        losses.append(float(loss.detach()))
-    weights = {name: value.detach() for name, value in weights.items()}
-    with torch.no_grad():
-        losses.append(float(functional.l1_loss(functional_call(network, weights, (son,)), target)))
-    return weights, losses[0], losses[-1]
+    return lambda tile: enlarge(network, adapted.weights, tile, options.scale)
 
 
 def _in_tiles(restore: Forward, image: torch.Tensor, scale: int, tile: int, overlap: int) -> torch.Tensor:

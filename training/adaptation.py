@@ -17,12 +17,21 @@ from datagen.degradations.resample import blur, downsample_direct, imresize
 Weights = dict[str, torch.Tensor]
 
 
+# One step, as in the paper's "one-step adaptation"; the released code goes on with 0.01 (steps 2-4), then 0.005.
+ONE_STEP = (0.02,)
+
+
 @dataclass(frozen=True)
 class Adapted:
-    """An enlarged picture [1,3,sH,sW] in [0, 1], and the self-supervised loss before each step and after the last."""
+    """Weights adapted to one picture, and the self-supervised loss before each step and after the last."""
 
-    picture: torch.Tensor
+    weights: Weights
     losses: tuple[float, ...]
+
+    @property
+    def helped(self) -> bool:
+        """Whether the loss fell. The bare meta-initialisation is unusable, so callers fall back when it did not."""
+        return self.losses[-1] < self.losses[0]
 
 
 def shrink_blurred(clean: torch.Tensor, kernel: torch.Tensor, scale: int) -> torch.Tensor:
@@ -50,27 +59,33 @@ def inner_step(
     return {name: value - lr * gradient for (name, value), gradient in zip(weights.items(), gradients)}, loss
 
 
-def adapt_and_enlarge(
-    model: nn.Module, picture: torch.Tensor, kernel: torch.Tensor, scale: int, *, lrs: Sequence[float] = (0.02,)
+def adapt(
+    model: nn.Module, picture: torch.Tensor, kernel: torch.Tensor, scale: int, lrs: Sequence[float] = ONE_STEP
 ) -> Adapted:
-    """Adapt ``model`` to ``picture`` [1,3,H,W] in [0, 1] with one SGD step per entry of ``lrs``, then enlarge it.
+    """Adapt ``model`` to ``picture`` [1,3,H,W] in [0, 1] with one SGD step per entry of ``lrs``.
 
     Args:
         kernel: the blur [k,k] that the picture is assumed to have gone through before sub-sampling.
-        lrs: learning rates; the released code uses 0.02, then 0.01 (steps 2-4), then 0.005 at x2.
 
     The model's own weights are not touched.
     """
     height, width = (side - side % scale for side in picture.shape[-2:])
     target = picture[..., :height, :width]
-    enlarged_son = imresize(shrink_blurred(target, kernel, scale), scale)
+    son = imresize(shrink_blurred(target, kernel, scale), scale)
     weights: Weights = dict(model.named_parameters())
     losses = []
     for lr in lrs:
         leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}
-        weights, loss = inner_step(model, leaves, enlarged_son, target, lr)
-        losses.append(float(loss))
+        weights, loss = inner_step(model, leaves, son, target, lr)
+        losses.append(float(loss.detach()))
+    weights = {name: value.detach() for name, value in weights.items()}
     with torch.no_grad():
-        losses.append(float(functional.l1_loss(functional_call(model, weights, (enlarged_son,)), target)))
-        result = functional_call(model, weights, (imresize(picture, scale),)).clamp(0, 1)
-    return Adapted(result, tuple(losses))
+        losses.append(float(functional.l1_loss(functional_call(model, weights, (son,)), target)))
+    return Adapted(weights, tuple(losses))
+
+
+@torch.no_grad()
+def enlarge(model: nn.Module, weights: Weights, picture: torch.Tensor, scale: int) -> torch.Tensor:
+    """``picture`` [N,3,H,W] enlarged to [N,3,sH,sW] by ``model`` with these weights; not clipped."""
+    enlarged: torch.Tensor = functional_call(model, weights, (imresize(picture, scale),))
+    return enlarged

@@ -11,7 +11,7 @@ from datagen.degradations.random import generator
 from datagen.degradations.resample import imresize
 from infra.config import ConfigError, load_config
 from tests.support.dataset import REPOSITORY
-from training.adaptation import adapt_and_enlarge, inner_step, shrink_blurred
+from training.adaptation import adapt, enlarge, inner_step, shrink_blurred
 from training.models import MZSRConfig, build_model
 from training.mzsr import MetaConfig, MZSRStageConfig, meta_objective, query_weights
 
@@ -83,9 +83,9 @@ def test_adaptation_lowers_its_own_loss_and_leaves_the_model_alone() -> None:
     model = build_model(MZSRConfig())
     before = {n: p.clone() for n, p in model.named_parameters()}
     low = texture(1, 32)
-    adapted = adapt_and_enlarge(model, low, gaussian_kernel(15, 2.0, 2.0).float(), 2, lrs=[0.01, 0.01, 0.005])
-    assert adapted.picture.shape == (1, 3, 64, 64) and len(adapted.losses) == 4
-    assert adapted.losses[-1] < adapted.losses[0]
+    adapted = adapt(model, low, gaussian_kernel(15, 2.0, 2.0).float(), 2, [0.01, 0.01, 0.005])
+    assert enlarge(model, adapted.weights, low, 2).shape == (1, 3, 64, 64)
+    assert len(adapted.losses) == 4 and adapted.helped
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
