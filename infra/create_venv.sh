@@ -31,7 +31,7 @@ find_python() {
 }
 python=$(find_python) || fail \
     "No usable Python: ird needs Python 3.11, 3.12 or 3.13 with its venv module (tried ${PYTHON:-python3 ... python3.11})." \
-    "On Debian or Ubuntu: apt-get install python3-venv. Or name one: make ${MAKECMDGOALS:-demo} PYTHON=/path/to/python3.11"
+    "On Debian or Ubuntu: apt-get install python3-venv. Or name one: make demo PYTHON=/path/to/python3.11"
 command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || fail \
     "No C++ compiler: DeepSpeed compiles its collectives for CPU with one. On Debian or Ubuntu: apt-get install g++"
 

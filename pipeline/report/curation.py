@@ -13,7 +13,7 @@ from pipeline.report.images import Image, image_of_jpeg
 
 # What a page can show of a large corpus; the rest is counted.
 KEPT_SHOWN = 36
-SHOWN_A_REASON = 12
+SHOWN_A_REASON = 6
 
 _REASONS = {
     "leak": "Leak of an evaluation picture",

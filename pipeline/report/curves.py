@@ -14,7 +14,7 @@ from pipeline.report.run import STAGES, TRAININGS
 
 # Geometry in SVG units, which are CSS pixels at full width.
 WIDTH, HEIGHT = 380, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 36
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 36
 
 _LABELS = {
     "loss": "mean of what was trained",
@@ -106,7 +106,7 @@ def _chart(root: Path, stage: str) -> Chart | None:
         stage=STAGES[stage],
         series=series,
         x_ticks=[(x_of(x), f"{x:,.0f}") for x in x_values],
-        y_ticks=[(y_of(y), f"{y:.3g}") for y in y_values],
+        y_ticks=[(y_of(y), label) for y, label in zip(y_values, _labels(y_values), strict=True)],
         log=log,
         facts=_facts(history, marker),
         run_id=str(marker.get("run_id", "")),
@@ -122,6 +122,16 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
         return ticks[first : last + 1]
     margin = (high - low) * 0.04 or abs(high) * 0.1 or 1.0
     return [float(tick) for tick in MaxNLocator(5).tick_values(low - margin, high + margin)]
+
+
+def _labels(values: list[float]) -> list[str]:
+    """With as many digits as it takes to tell neighbours apart."""
+    labels: list[str] = []
+    for digits in range(3, 9):
+        labels = [f"{value:.{digits}g}" for value in values]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def _facts(history: list[dict[str, Any]], marker: Mapping[str, Any]) -> list[str]:

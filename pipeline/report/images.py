@@ -10,7 +10,7 @@ import simplejpeg
 from training.data.loader import decode
 
 MAX_SIDE = 192
-_QUALITY = 92
+_QUALITY = 90
 
 
 @dataclass(frozen=True)
