@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.errors import Refusal
 from infra.storage import NotFoundError, Store
 
 DATASET = "dataset.json"
@@ -71,7 +72,7 @@ SAMPLES_SCHEMA = pa.schema(
 )
 
 
-class DatasetError(RuntimeError):
+class DatasetError(Refusal, RuntimeError):
     """A dataset is missing, unfinished or damaged. The message names the file and what repairs it."""
 
 

@@ -7,12 +7,13 @@ from typing import Protocol
 
 from datagen.config import SourceConfig, absolute, name_of
 from datagen.embedded import EmbeddedSource
+from infra.errors import Refusal
 from infra.storage import Entry, open_store
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
-class SourceError(RuntimeError):
+class SourceError(Refusal, RuntimeError):
     """A source does not exist or holds no picture."""
 
 

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import psutil
 import ray
 
+from infra.errors import Refusal
+
 # Every task is one core's work: libraries that spread over all cores would make N tasks fight over them.
 _THREAD_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
 # Tasks here exchange file names and counts; Ray's default would reserve 30 % of the machine's memory.
@@ -23,7 +25,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class ClusterError(RuntimeError):
+class ClusterError(Refusal, RuntimeError):
     """The cluster cannot be reached, or cannot run the tasks."""
 
 

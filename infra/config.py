@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from infra.errors import Refusal
 from infra.files import write_atomically
 
 
@@ -28,7 +29,7 @@ class Config(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-class ConfigError(ValueError):
+class ConfigError(Refusal, ValueError):
     """A configuration was refused. The message names the file, the key, what is allowed and the nearest key."""
 
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from infra.errors import Refusal
+
 NAME = "deepspeed_shm_comm"
 
 # What ninja and g++ run as. A person's shell that happens to stand in the build folder is not among them.
@@ -27,7 +29,7 @@ _BUILD_TOOLS = {"ninja", "c++", "g++", "gcc", "clang++", "clang", "cc1plus", "co
 Progress = Callable[[str], Any]
 
 
-class ExtensionError(RuntimeError):
+class ExtensionError(Refusal, RuntimeError):
     """The compiled op could not be built or loaded. The message says what to do."""
 
 

@@ -21,11 +21,13 @@ from pathlib import Path
 
 import psutil
 
+from infra.errors import Refusal
+
 MARKER = "finished.json"
 PROGRESS = "ird| "  # ranks begin a line with it when a person should see the line
 
 
-class StageFailed(RuntimeError):
+class StageFailed(Refusal, RuntimeError):
     """A stage ended without its finished marker. The message holds the end of its log."""
 
 

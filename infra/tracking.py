@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.config import Config
+from infra.files import write_atomically
 
 MAX_BATCH = 1000  # MLflow refuses more metrics in one call
 
@@ -131,8 +132,7 @@ class Tracker:
             if not self._guard(lambda batch=batch: self._client.log_batch(self.run_id, [Metric(*m) for m in batch])):
                 return
             self._pending = self._pending[MAX_BATCH:]
-            with open(self._folder / "delivered.jsonl", "a") as log:
-                log.write(json.dumps({"step": max(m[3] for m in batch)}) + "\n")
+            write_atomically(self._folder / "delivered.txt", str(max(step for *_, step in batch)).encode())
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         """Upload a file, or a folder with all it holds."""
@@ -149,8 +149,6 @@ class Tracker:
     def _open(self) -> None:
         from mlflow.exceptions import MlflowException
 
-        from infra.files import write_atomically
-
         self._client = connect(self._settings)
         experiment = experiment_id(self._client, self._settings)
         note = self._folder / "mlflow.json"
@@ -161,14 +159,14 @@ class Tracker:
             except MlflowException:
                 print(f"tracking: run {self.run_id} of {note} is not on this server; starting a new run")
             else:
-                delivered = self._folder / "delivered.jsonl"
+                delivered = self._folder / "delivered.txt"
                 if delivered.exists():
-                    self._delivered_until = max(json.loads(line)["step"] for line in delivered.read_text().splitlines())
+                    self._delivered_until = int(delivered.read_text())
                 return
         tags = {"mlflow.parentRunId": self._settings.parent_run_id} if self._settings.parent_run_id else {}
         self.run_id = self._client.create_run(experiment, tags=tags, run_name=self._run_name).info.run_id
-        (self._folder / "delivered.jsonl").unlink(missing_ok=True)
-        write_atomically(note, json.dumps({"run_id": self.run_id, "uri": tracking_uri(self._settings)}).encode())
+        (self._folder / "delivered.txt").unlink(missing_ok=True)
+        write_atomically(note, json.dumps({"run_id": self.run_id}).encode())  # no URI: it may hold a password
 
     def _guard(self, call: Any) -> bool:
         """Run ``call``; on any failure say so once and carry on. True when it went through."""

@@ -118,11 +118,24 @@ def restore(
     model: Annotated[str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or an export folder.")],
     variant: Annotated[str, typer.Option(help="Which variant of the model: small or large for DyNet.")] = "",
     tile: Annotated[int, typer.Option(help="Side of the tiles that large pictures are restored in, pixels.")] = 512,
+    overlap: Annotated[int, typer.Option(help="Pixels that neighbouring tiles share.")] = 32,
+    scale: Annotated[int, typer.Option(help="MZSR: how much to enlarge; 0: what it was trained for.")] = 0,
+    kernel_variance: Annotated[float, typer.Option(help="MZSR: variance of the assumed blur, px^2; 0: the scale.")] = 0,
 ) -> None:
     """Restore pictures with a model from the registry or from an export folder."""
     from pipeline.restore import restore_files
 
-    raise typer.Exit(restore_files(model, source, out, variant=variant or None, tile=tile))
+    code = restore_files(
+        model,
+        source,
+        out,
+        variant=variant or None,
+        tile=tile,
+        overlap=overlap,
+        scale=scale,
+        kernel_variance=kernel_variance,
+    )
+    raise typer.Exit(code)
 
 
 @app.command(epilog="Examples:\n\n`ird degrade clean.png degraded.png --recipe all_in_one_3 --seed 7`")
@@ -246,16 +259,10 @@ def alias_version(
 
 def main() -> None:
     """Entry point of the ``ird`` command: refusals are one clear message and exit code 2, never a traceback."""
-    from infra.config import ConfigError
+    from infra.errors import Refusal
 
     try:
         app()
-    except Exception as error:
-        # Classes of the floors below that stand for a refusal; imported late, so that --help stays quick.
-        if not isinstance(error, ConfigError) and type(error).__name__ not in _REFUSALS:
-            raise
-        print(f"ird: {error}", file=sys.stderr)
+    except Refusal as refusal:
+        print(f"ird: {refusal}", file=sys.stderr)
         sys.exit(2)
-
-
-_REFUSALS = {"RegistryError", "ExportError", "DatasetError", "PictureError", "CheckpointError", "StorageError"}

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from infra.config import Config, ConfigError, load_config
+from infra.errors import without_password
 from infra.launcher import run_deepspeed, run_supervised
 from infra.tracking import Tracker, TrackingConfig, tracking_uri
 from pipeline.pictures import find_pictures, read_picture
@@ -277,7 +278,8 @@ def _register(
     run_id = json.loads((export.parent / "mlflow.json").read_text())["run_id"]
     version = push(export, config.model_name, run_id=run_id, alias=config.alias, tags=tags, settings=config.tracking)
     show(f"models:/{config.model_name}@{config.alias} is version {version}")
-    return {"model": f"models:/{config.model_name}@{config.alias}", "version": version}
+    uri = without_password(tracking_uri(config.tracking))
+    return {"model": f"models:/{config.model_name}@{config.alias}", "version": version, "uri": uri}
 
 
 def _restore(config: DemoConfig, pictures: Path, show: Callable[[str], None], folder: Path) -> Mapping[str, Any]:

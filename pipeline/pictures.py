@@ -19,6 +19,7 @@ import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
+from infra.errors import Refusal
 from infra.files import write_atomically
 from pipeline.samples import to_float, to_integers
 
@@ -36,7 +37,7 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class PictureError(ValueError):
+class PictureError(Refusal, ValueError):
     """A picture cannot be read or written. The message says what is wrong with it, without its path."""
 
 

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from infra.errors import Refusal, without_password
 from infra.files import write_atomically
 from infra.tracking import TrackingConfig, connect, experiment_id, tracking_uri
 from pipeline.inference import export_sha256, load_model, offered_options
@@ -31,7 +32,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _NOTE = "pulled.json"
 
 
-class RegistryError(RuntimeError):
+class RegistryError(Refusal, RuntimeError):
     """The registry has no such thing, refused it, or does not answer. The message says what is there and what to do."""
 
 
@@ -265,11 +266,7 @@ def _known_run(client: Any, run_id: str | None, noted: str | None, settings: Tra
 
 def _where(settings: TrackingConfig) -> str:
     """The tracking URI without the password that it may hold."""
-    return _without_password(tracking_uri(settings))
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"://[^/@\s]*@", "://", text)
+    return without_password(tracking_uri(settings))
 
 
 def _parse(model_uri: str) -> tuple[str, int | None, str | None]:
@@ -354,7 +351,7 @@ def _explained(settings: TrackingConfig) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        where, message = _where(settings), _without_password(str(error))
+        where, message = _where(settings), without_password(str(error))
         if "failed with exception" in message:
             raise RegistryError(
                 f"MLflow at {where} does not answer; start the server, or set MLFLOW_TRACKING_URI: {message[:200]}"

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.s3 import s3_server  # noqa: F401  (a fixture: pytest finds it here)
+from tests.support.dataset import small_dataset  # noqa: F401  (a fixture: pytest finds it here)
+from tests.support.s3 import s3_server  # noqa: F401
 
 # A word in the reason of a skip, and what makes that test run.
 _REMEDIES = {

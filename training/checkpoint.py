@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from infra.errors import Refusal
 from infra.files import sha256_of_file, write_atomically
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Refusal, RuntimeError):
     """No usable checkpoint where one was expected. The message names the folder and what to do."""
 
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from datagen.dataset import DatasetError
-from infra.config import ConfigError, ConfigT, load_config
+from infra.config import ConfigT, load_config
+from infra.errors import Refusal
 
 
 def run_from_command_line(module: str, about: str | None, schema: type[ConfigT], run: Callable[[ConfigT], int]) -> None:
@@ -23,7 +23,7 @@ def run_from_command_line(module: str, about: str | None, schema: type[ConfigT],
     arguments = parser.parse_intermixed_args()
     try:
         code = run(load_config(schema, arguments.config, arguments.overrides))
-    except (ConfigError, DatasetError) as error:
+    except Refusal as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{module}: {error}", file=sys.stderr, flush=True)
         code = 2

@@ -16,6 +16,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from infra.errors import Refusal
 from infra.files import write_atomically
 from training.models import ModelConfig, build_model
 
@@ -24,7 +25,7 @@ CONFIG = "config.json"
 FORMAT = 1
 
 
-class ExportError(ValueError):
+class ExportError(Refusal, ValueError):
     """An export was refused. The message names the file, what was expected of it, and what to do."""
 
 

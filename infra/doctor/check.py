@@ -1,11 +1,12 @@
 """What every check is made of: the row it yields, and careful ways to ask other programs and servers."""
 
 import dataclasses
-import re
 import socket
 import subprocess
 import urllib.parse
 from typing import Literal
+
+from infra.errors import without_password
 
 GIB = 2**30
 CONNECT_SECONDS = 3.0
@@ -34,10 +35,6 @@ def reachable(name: str, variable: str, address: str, *, default_port: int, star
     except (OSError, ValueError) as error:
         fix = f"Start it ({start}), or correct or unset {variable}."
         return Check(name, "fail", f"{variable}={shown} does not answer: {short(error)}", fix)
-
-
-def without_password(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//***@", url)
 
 
 def short(error: BaseException) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from infra.doctor.check import CONNECT_SECONDS, Check, reachable, short, without_password
+from infra.doctor.check import CONNECT_SECONDS, Check, reachable, short
+from infra.errors import without_password
 from infra.tracking import TrackingConfig, tracking_uri
 
 

@@ -9,11 +9,12 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from infra.config import Config
+from infra.errors import Refusal
 
 UNPUBLISHED = ".tmp-"
 
 
-class StorageError(OSError):
+class StorageError(Refusal, OSError):
     """A store could not do what was asked. The message names the object and says what to check."""
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import psutil
 
+from infra.errors import without_password
 from infra.launcher import read_marker
+from infra.tracking import TrackingConfig, tracking_uri
 from pipeline.stages import RECORD, read_record
 
 GIB = 2**30
@@ -119,7 +121,7 @@ def registry_facts(root: Path) -> RegistryFacts | None:
     if not record.get("done"):
         return None
     model, version = str(record["model"]), str(record["version"])
-    uri = without_password(str(read_json(root / "mlflow.json").get("uri", "")))
+    uri = without_password(str(record.get("uri") or tracking_uri(TrackingConfig())))
     quoted = shlex.quote(model)
     code = (
         "import mlflow\n"
@@ -144,11 +146,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = json.loads(text)
     return found
-
-
-def without_password(uri: str) -> str:
-    """A tracking URI without user and password, which a page that is passed around must not hold."""
-    return re.sub(r"://[^/@\s]*@", "://", uri)
 
 
 def _ui_command(uri: str) -> str:

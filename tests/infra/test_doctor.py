@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from infra.doctor import Check, hosts, machine, print_report, run_checks, services
-from infra.doctor.check import without_password
+from infra.errors import without_password
 from tests.support.s3 import S3Server
 
 VARIABLES = (

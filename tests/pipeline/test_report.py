@@ -25,7 +25,6 @@ from pipeline.report.degradations import degradations
 from pipeline.report.results import results, task_title
 from pipeline.stages import Stage, run_stages
 from tests.support.browser import open_page
-from tests.support.dataset import small_dataset  # noqa: F401  (a fixture: pytest finds it here)
 from training.data.loader import decode
 from training.evaluate import EvaluateConfig, Restoration, SuperResolution, evaluate
 from training.export import save_export
@@ -66,7 +65,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def run_folder(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def run_folder(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run as ``ird demo`` leaves it: curated, evaluated with untrained networks, registered, restored."""
     root = tmp_path_factory.mktemp("run")
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 
 from datagen.dataset import read_dataset_json, read_samples, shard_key
+from infra.errors import Refusal
 from infra.storage import Store, open_store
 
 
-class DamagedSampleError(RuntimeError):
+class DamagedSampleError(Refusal, RuntimeError):
     """A member's bytes are not those that were packed. The message names the shard and the repair."""
 
 
