@@ -215,6 +215,8 @@ def _zero_shot(section: ZeroShot, pictures: dict[str, torch.Tensor], seed: int) 
         yield task, name, CLEAN, target, target, protocol
         yield task, name, "bicubic", to_picture(imresize(low, scale)), target, protocol
         yield task, name, "large-scale", to_picture(enlarge(large_scale, bare, low, scale)), target, protocol
+        unadapted = dict(meta.named_parameters())
+        yield task, name, "mzsr-unadapted", to_picture(enlarge(meta, unadapted, low, scale)), target, protocol
         for method, blur in ((f"mzsr-{steps}step", kernel), (f"mzsr-{steps}step-assumed", assumed)):
             adapted = adapt(meta, low, blur, scale, section.lrs)
             enlarged = enlarge(meta, adapted.weights, low, scale)
