@@ -59,7 +59,7 @@ def demo(
         ("report", report),
         ("dataset (WebDataset shards)", root / "dataset" / "out"),
         ("DyNet weights, both variants", root / "finetune" / "out" / "export"),
-        ("restored pictures", root / "restore"),
+        ("restored pictures", root / "restore" / "comparison.png"),
         ("registered model", f"models:/{settings.model_name}@{settings.alias}"),
     ):
         print(f"  {what:<30} {where}")

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import Field
 
 from infra.config import Config, ConfigError, load_config
@@ -283,7 +284,13 @@ def _register(
 
 
 def _restore(config: DemoConfig, pictures: Path, show: Callable[[str], None], folder: Path) -> Mapping[str, Any]:
-    """Restore the degraded pictures of the hardest noise, each variant in a process of its own."""
+    """Restore the degraded pictures of the hardest noise, each variant in a process of its own.
+
+    ``comparison.png`` shows them side by side: degraded, small, large, clean.
+    """
+    from training.data.loader import decode
+    from training.evaluate import write_picture
+
     noisy = folder / "degraded"
     task = sorted(p.name for p in pictures.iterdir() if "50" in p.name or "noise" in p.name)[-1]
     for picture in sorted((pictures / task).iterdir()):
@@ -296,7 +303,14 @@ def _restore(config: DemoConfig, pictures: Path, show: Callable[[str], None], fo
         command = [ird, "restore", "--model", model, "--variant", variant, str(noisy), str(folder / variant)]
         memory = max(memory, run_supervised(command, folder, show=show).peak_memory)
         show(f"{' '.join(['ird', *command[1:]])}")
-    return {"task": task, "peak_memory": memory}
+    rows = []
+    for picture in sorted(noisy.iterdir()):
+        shown = [noisy / picture.name, folder / "small" / picture.name, folder / "large" / picture.name]
+        shown.append(pictures / task / picture.stem / "clean.png")
+        rows.append(np.hstack([decode(path.read_bytes()) for path in shown]))
+    narrowest = min(row.shape[1] for row in rows)
+    write_picture(folder / "comparison.png", np.vstack([row for row in rows if row.shape[1] == narrowest]))
+    return {"task": task, "peak_memory": memory, "comparison": str(folder / "comparison.png")}
 
 
 def _report(root: Path, folder: Path) -> Mapping[str, Any]:

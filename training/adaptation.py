@@ -4,7 +4,7 @@ The picture itself is the training set: it is made smaller by the blur it is ass
 through, and the network learns to undo that (Soh et al., CVPR 2020, section 3.4, "meta-test").
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +85,7 @@ def adapt(
 
 
 @torch.no_grad()
-def enlarge(model: nn.Module, weights: Weights, picture: torch.Tensor, scale: int) -> torch.Tensor:
+def enlarge(model: nn.Module, weights: Mapping[str, torch.Tensor], picture: torch.Tensor, scale: int) -> torch.Tensor:
     """``picture`` [N,3,H,W] enlarged to [N,3,sH,sW] by ``model`` with these weights; not clipped."""
-    enlarged: torch.Tensor = functional_call(model, weights, (imresize(picture, scale),))
+    enlarged: torch.Tensor = functional_call(model, dict(weights), (imresize(picture, scale),))
     return enlarged

@@ -20,7 +20,7 @@ from infra.config import Config, ConfigError
 from infra.files import publish_atomically, write_atomically
 from infra.launcher import MARKER, PROGRESS
 from infra.tracking import Tracker, TrackingConfig
-from training.adaptation import Weights, adapt, enlarge, shrink_blurred
+from training.adaptation import adapt, enlarge, shrink_blurred
 from training.config import Positive
 from training.data.loader import decode
 from training.entry import run_from_command_line
@@ -203,7 +203,7 @@ def _super_resolution(section: SuperResolution, pictures: dict[str, torch.Tensor
 def _zero_shot(section: ZeroShot, pictures: dict[str, torch.Tensor], seed: int) -> Iterator[Result]:
     meta, _, _ = load_export(Path(section.model))
     large_scale, _, _ = load_export(Path(section.large_scale))
-    bare: Weights = dict(large_scale.named_parameters())
+    before, unadapted = dict(large_scale.named_parameters()), dict(meta.named_parameters())
     scale = section.scale
     kernel, assumed = (gaussian_kernel(15, k.var1, k.var2, k.theta).float() for k in (section.kernel, section.assumed))
     protocol = {"shave": scale, "y_only": True}
@@ -214,8 +214,7 @@ def _zero_shot(section: ZeroShot, pictures: dict[str, torch.Tensor], seed: int) 
         task = f"blind_sr_x{scale}"
         yield task, name, CLEAN, target, target, protocol
         yield task, name, "bicubic", to_picture(imresize(low, scale)), target, protocol
-        yield task, name, "large-scale", to_picture(enlarge(large_scale, bare, low, scale)), target, protocol
-        unadapted = dict(meta.named_parameters())
+        yield task, name, "large-scale", to_picture(enlarge(large_scale, before, low, scale)), target, protocol
         yield task, name, "mzsr-unadapted", to_picture(enlarge(meta, unadapted, low, scale)), target, protocol
         for method, blur in ((f"mzsr-{steps}step", kernel), (f"mzsr-{steps}step-assumed", assumed)):
             adapted = adapt(meta, low, blur, scale, section.lrs)

@@ -21,6 +21,7 @@ _METHODS = {
     "dynet-large": "DyNet large",
     "edsr": "EDSR",
     "large-scale": "MZSR before meta-learning",
+    "mzsr-unadapted": "MZSR, not adapted",
     "clean": "Clean",
 }
 
