@@ -5,9 +5,12 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from infra.launcher import free_port
@@ -37,15 +40,36 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
-    """A real cluster of one node with a dashboard; its environment must be used to talk to it."""
-    folder = tmp_path_factory.mktemp("cluster")
+    """A real cluster of one node with a dashboard; its environment must be used to talk to it.
+
+    It is ended by its own processes: ``ray stop`` would end every Ray of this machine, that of other tests too.
+    """
     dashboard = free_port()
     mine = environment(RAY_AUTH_MODE="disabled")
-    start = ["ray", "start", "--head", f"--port={free_port()}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
-    start += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--temp-dir=/tmp/ird-ray-{os.getpid()}"]
-    subprocess.run(start, cwd=folder, env=mine, check=True, capture_output=True, timeout=180)
-    yield f"http://127.0.0.1:{dashboard}", mine
-    subprocess.run(["ray", "stop", "--force"], env=mine, capture_output=True, timeout=120)
+    command = ["ray", "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=2", "--include-dashboard=true"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir=/tmp/ird-ray-{os.getpid()}"]
+    folder = tmp_path_factory.mktemp("cluster")
+    with open(folder / "ray.log", "wb") as log:
+        head = subprocess.Popen(command, cwd=folder, env=mine, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        while not _answers(f"{address}/api/version"):
+            assert head.poll() is None, (folder / "ray.log").read_text()
+            time.sleep(0.5)
+        yield address, mine
+    finally:
+        members = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        _, alive = psutil.wait_procs([head, *members], timeout=20)
+        for process in alive:
+            process.kill()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return bool(urllib.request.urlopen(url, timeout=2).status == 200)
+    except OSError:
+        return False
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from infra.config import load_config
 from infra.launcher import free_port, session_processes
 from tests.support.dataset import REPOSITORY
 from training.checkpoint import load_checkpoint
+from training.corruption import degrade_by_recipe
 from training.cotraining import variants_of_step
 from training.data.loader import make_loader
 from training.data.plan import StreamState
@@ -48,6 +50,25 @@ def launch(settings: list[str], ranks: int = 1, module: str = "training.pretrain
     )
 
 
+def start(settings: list[str], log: Path, until: Path) -> subprocess.Popen[bytes]:
+    """Start two ranks in a session of their own, and come back when ``until`` is there."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(log, "wb") as said:
+        process = subprocess.Popen(
+            command(settings, 2), cwd=REPOSITORY, env=environment, stdout=said, stderr=said, start_new_session=True
+        )
+    while not until.exists():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    return process
+
+
+def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The training processes below a launcher, without the launcher's own."""
+    members = [(p, p.cmdline()) for p in session_processes(process.pid)]
+    return [p for p, line in members if "training.pretrain" in line and not any("deepspeed" in part for part in line)]
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     saved = load_checkpoint(out / "checkpoints")
     assert saved is not None
@@ -68,10 +89,6 @@ def plain_torch(settings: list[str]) -> tuple[dict[str, torch.Tensor], dict[str,
     model = build_model(config.model)
     optimizer = make_optimizer(model, config.optimizer)
     average = MovingAverage(model, config.ema_decay)
-    from functools import partial
-
-    from training.corruption import degrade_by_recipe
-
     state = StreamState(reader.dataset_id, config.seed, 0)
     corrupt = partial(degrade_by_recipe, config.recipe)
     for step, batch in enumerate(make_loader(reader, config.data, state=state, steps=config.steps, corrupt=corrupt)):
@@ -122,17 +139,10 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_weights(small_dataset
     whole = overrides(small_dataset, tmp_path / "whole", *steady)
     assert launch(whole, ranks=2).returncode == 0
     settings = overrides(small_dataset, tmp_path / "killed", *steady)
-    with open(tmp_path / "log", "wb") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command(settings, 2), cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        while not (tmp_path / "killed" / "checkpoints" / "latest").exists():
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.05)
-        for member in list(session_processes(process.pid)):
-            member.send_signal(signal.SIGKILL)
-        process.wait()
+    process = start(settings, tmp_path / "log", until=tmp_path / "killed" / "checkpoints" / "latest")
+    for member in list(session_processes(process.pid)):
+        member.send_signal(signal.SIGKILL)
+    process.wait()
     assert not (tmp_path / "killed" / "finished.json").exists()
     again = launch(settings, ranks=2)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -147,21 +157,11 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_weights(small_dataset
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_with_75_and_another_world_size_goes_on(small_dataset: Path, tmp_path: Path) -> None:
     settings = overrides(small_dataset, tmp_path / "out", "steps=400", "log_every=1", "schedule.kind=constant")
-    with open(tmp_path / "log", "wb") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command(settings, 2), cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        while not (tmp_path / "out" / "metrics.jsonl").exists():
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.05)
-        ranks = [p for p in session_processes(process.pid) if "--module" not in p.cmdline() and "-m" in p.cmdline()]
-        trainers = [
-            p for p in ranks if "training.pretrain" in p.cmdline() and "deepspeed.launcher.launch" not in p.cmdline()
-        ]
-        assert len(trainers) == 2
-        trainers[1].send_signal(signal.SIGTERM)
-        code = process.wait(60)
+    process = start(settings, tmp_path / "log", until=tmp_path / "out" / "metrics.jsonl")
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    ranks[1].send_signal(signal.SIGTERM)
+    code = process.wait(60)
     assert code == 75, (tmp_path / "log").read_text()
     saved = load_checkpoint(tmp_path / "out" / "checkpoints")
     assert saved is not None
@@ -176,21 +176,12 @@ def test_sigterm_saves_and_ends_with_75_and_another_world_size_goes_on(small_dat
 @pytest.mark.slow
 def test_ranks_do_not_outlive_a_killed_launcher(small_dataset: Path, tmp_path: Path) -> None:
     settings = overrides(small_dataset, tmp_path / "out", "steps=100000", "log_every=1")
-    with open(tmp_path / "log", "wb") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command(settings, 2), cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        while not (tmp_path / "out" / "metrics.jsonl").exists():
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.05)
-        members = list(session_processes(process.pid))
-        launchers = [p for p in members if any("deepspeed" in part for part in p.cmdline())]
-        trainers = [p for p in members if p not in launchers]
-        for launcher in launchers:
-            launcher.send_signal(signal.SIGKILL)
-        process.wait()
-    _, alive = psutil.wait_procs(trainers, timeout=60)
+    process = start(settings, tmp_path / "log", until=tmp_path / "out" / "metrics.jsonl")
+    ranks = ranks_of(process)
+    for launcher in set(session_processes(process.pid)) - set(ranks):
+        launcher.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
     for orphan in alive:
         orphan.kill()
     assert alive == []
