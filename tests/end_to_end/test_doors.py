@@ -44,16 +44,20 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
 
     It is ended by its own processes: ``ray stop`` would end every Ray of this machine, that of other tests too.
     """
-    dashboard = free_port()
+    dashboard, agent = free_port(), free_port()
     mine = environment(RAY_AUTH_MODE="disabled")
     command = ["ray", "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=2", "--include-dashboard=true"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir=/tmp/ird-ray-{os.getpid()}"]
+    # Jobs start through the node's agent, whose port another cluster of this machine may hold.
+    command += [f"--dashboard-agent-listen-port={agent}"]
     folder = tmp_path_factory.mktemp("cluster")
     with open(folder / "ray.log", "wb") as log:
         head = subprocess.Popen(command, cwd=folder, env=mine, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        while not _answers(f"{address}/api/version"):
+        while not (
+            _answers(f"{address}/api/version") and _answers(f"http://127.0.0.1:{agent}/api/local_raylet_healthz")
+        ):
             assert head.poll() is None, (folder / "ray.log").read_text()
             time.sleep(0.5)
         yield address, mine
