@@ -34,6 +34,7 @@ from training.pretrain import PretrainConfig
 # A file may have this name on Linux.
 HOSTILE = """<img src=x onerror=alert(1)><script>document.title="owned"<b>&{{7*7}}'"""
 SECRET = "not-for-the-page"
+URI = f"postgresql://ird:{SECRET}@db.example/mlflow"
 
 
 class Page(HTMLParser):
@@ -115,12 +116,11 @@ def run_folder(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) ->
         ("dataset", dataset),
         ("pretrain", pretrain),
         ("evaluate", measured),
-        ("register", lambda folder: {"model": "models:/ird-demo@demo", "version": 3}),
+        ("register", lambda folder: {"model": "models:/ird-demo@demo", "version": 3, "uri": URI}),
         ("restore", restore),
     ]
     run_stages([Stage(name, name, run, {}) for name, run in steps], root, print)
-    uri = f"postgresql://ird:{SECRET}@db.example/mlflow"
-    (root / "mlflow.json").write_text(json.dumps({"run_id": "0", "uri": uri}))
+    (root / "mlflow.json").write_text(json.dumps({"run_id": "0"}))
     return root
 
 
@@ -251,7 +251,7 @@ def test_curves_survive_a_resume_and_a_torn_line(run_folder: Path) -> None:
 def test_the_registry_section_has_commands_and_no_password(opened: tuple[Page, np.ndarray], run_folder: Path) -> None:
     page, _ = opened
     assert "ird restore --model models:/ird-demo@demo --variant small IN OUT" in page.text
-    assert "mlflow ui --backend-store-uri postgresql://db.example/mlflow" in page.text
+    assert "mlflow ui --backend-store-uri postgresql://***@db.example/mlflow" in page.text
     assert SECRET not in page.text
 
 
