@@ -251,7 +251,7 @@ def test_curves_survive_a_resume_and_a_torn_line(run_folder: Path) -> None:
 def test_the_registry_section_has_commands_and_no_password(opened: tuple[Page, np.ndarray], run_folder: Path) -> None:
     page, _ = opened
     assert "ird restore --model models:/ird-demo@demo --variant small IN OUT" in page.text
-    assert "mlflow ui --backend-store-uri postgresql://***@db.example/mlflow" in page.text
+    assert "mlflow ui --backend-store-uri 'postgresql://***@db.example/mlflow'" in page.text
     assert SECRET not in page.text
 
 
