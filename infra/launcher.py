@@ -6,6 +6,7 @@ counts as done only when its finished marker says so.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import shlex
@@ -25,6 +26,8 @@ from infra.errors import Refusal
 
 MARKER = "finished.json"
 PROGRESS = "ird| "  # ranks begin a line with it when a person should see the line
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class StageFailed(Refusal, RuntimeError):
@@ -145,11 +148,21 @@ def _supervise(
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=end_with_parent,
+    )
     done = threading.Event()
     follower = threading.Thread(target=_follow, args=(log_path, position, done, show, pick), daemon=True)
     follower.start()
     peak_memory = 0
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # Left to itself, SIGTERM would end this process and leave the whole session behind.
+    before = signal.signal(signal.SIGTERM, _exit_terminated) if in_main_thread else None
     try:
         while (code := process.poll()) is None:
             peak_memory = max(peak_memory, sum(_resident(p) for p in session_processes(process.pid)))
@@ -161,6 +174,18 @@ def _supervise(
         process.wait()
         done.set()
         follower.join()
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to send SIGTERM to this process when its parent dies (Linux; elsewhere nothing)."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _exit_terminated(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def session_processes(session: int) -> Iterator[psutil.Process]:

@@ -66,7 +66,7 @@ def run_demo(config: DemoConfig, say: Callable[[str], None]) -> Path:
     try:
         records = run_stages(_stages(config, root, parent.run_id, say), root, say)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:

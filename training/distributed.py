@@ -1,18 +1,20 @@
 """What a rank does before and around training: join the others, and never outlive its launcher."""
 
-import ctypes
 import datetime
 import os
 import signal
-import sys
 import threading
 from dataclasses import dataclass
 
+import psutil
 import torch
 import torch.distributed as dist
 
+from infra.extensions import prepare_extensions
+from infra.launcher import end_with_parent, free_port
+
 PREEMPTED = 75  # exit code of a run that was told to stop and has saved: rerun it (EX_TEMPFAIL)
-_PR_SET_PDEATHSIG = 1
+LAUNCHED = "RANK" in os.environ
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,12 @@ def join() -> Ranks:
     cannot leave behind. On Linux the kernel is asked to end this rank when its launcher dies, since
     the launcher does not take its ranks along.
     """
-    if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    from infra.extensions import prepare_extensions
-
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        from infra.launcher import free_port
-
-        os.environ["MASTER_PORT"] = str(free_port())
+    if LAUNCHED:
+        end_with_parent()
+    else:
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
     prepare_extensions()
 
     import deepspeed
@@ -64,10 +63,15 @@ def join() -> Ranks:
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGINT; ranks agree on it at a step boundary, because signals reach them at different times."""
+    """Set by SIGTERM or SIGINT; ranks agree on it at a step boundary, because signals reach them at different times.
+
+    The death of ``deepspeed`` itself counts too: it leaves the node's launcher, the parent of the ranks, behind as an
+    orphan that would train on unseen.
+    """
 
     def __init__(self) -> None:
         self._asked = False
+        self._launcher = _grandparent() if LAUNCHED else 0
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._ask)
             signal.signal(signal.SIGINT, self._ask)
@@ -77,9 +81,17 @@ class StopRequest:
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank has been asked to stop. Every rank must call it at the same step."""
-        asked = torch.tensor([float(self._asked)], device=device)
+        abandoned = LAUNCHED and _grandparent() != self._launcher
+        asked = torch.tensor([float(self._asked or abandoned)], device=device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked.item())
+
+
+def _grandparent() -> int:
+    try:
+        return psutil.Process(os.getppid()).ppid()
+    except psutil.Error:
+        return 0
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Supervision of other programs: evidence over exit codes, and no process left behind."""
 
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -64,6 +66,22 @@ def test_an_interrupt_ends_the_whole_session(tmp_path: Path) -> None:
         run_supervised(python(CHILD + "; p.wait()"), tmp_path)
     pid = child_of(tmp_path / "log.txt")
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_when_the_supervisor_is_killed(tmp_path: Path, sign: signal.Signals) -> None:
+    """SIGTERM ends the session; SIGKILL cannot, but the kernel tells the child."""
+    work = "import os, time; print('child', os.getpid(), flush=True); time.sleep(300)"
+    code = "import sys; from pathlib import Path; from infra.launcher import run_supervised\n"
+    code += "run_supervised([sys.executable, '-c', sys.argv[1]], Path(sys.argv[2]))"
+    supervisor = subprocess.Popen([sys.executable, "-c", code, work, str(tmp_path)])
+    while not (tmp_path / "log.txt").exists() or "\nchild" not in (tmp_path / "log.txt").read_text():
+        time.sleep(0.05)
+    child = psutil.Process(child_of(tmp_path / "log.txt"))
+    supervisor.send_signal(sign)
+    supervisor.wait(30)
+    psutil.wait_procs([child], timeout=30)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_memory_of_the_whole_session_is_measured(tmp_path: Path) -> None:

@@ -174,17 +174,20 @@ def test_sigterm_saves_and_ends_with_75_and_another_world_size_goes_on(small_dat
 
 
 @pytest.mark.slow
-def test_ranks_do_not_outlive_a_killed_launcher(small_dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["deepspeed alone", "deepspeed and the node's launcher"])
+def test_ranks_do_not_outlive_a_killed_launcher(small_dataset: Path, tmp_path: Path, killed: str) -> None:
     settings = overrides(small_dataset, tmp_path / "out", "steps=100000", "log_every=1")
     process = start(settings, tmp_path / "log", until=tmp_path / "out" / "metrics.jsonl")
     ranks = ranks_of(process)
-    for launcher in set(session_processes(process.pid)) - set(ranks):
+    launchers = set(session_processes(process.pid)) - set(ranks)
+    for launcher in [process] if killed == "deepspeed alone" else launchers:
         launcher.send_signal(signal.SIGKILL)
     process.wait()
     _, alive = psutil.wait_procs(ranks, timeout=60)
     for orphan in alive:
         orphan.kill()
     assert alive == []
+    assert load_checkpoint(tmp_path / "out" / "checkpoints") is not None  # they saved before they went
     assert not (tmp_path / "out" / "finished.json").exists()
 
 
