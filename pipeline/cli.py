@@ -92,17 +92,24 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Run a training stage under the `deepspeed` launcher, and end all its processes with it."""
-    from infra.config import ConfigError
+    from infra.config import ConfigError, load_config
     from infra.launcher import StageFailed, run_deepspeed
+    from training.config import StageConfig
+    from training.edsr import EDSRStageConfig
+    from training.mzsr import MZSRStageConfig
+    from training.pretrain import PretrainConfig
 
-    stages = ("pretrain", "finetune", "edsr", "mzsr")
-    if stage not in stages:
-        raise ConfigError(f"stage {stage!r}: one of {', '.join(stages)}")
-    out = next((o.removeprefix("out=") for o in overrides or [] if o.startswith("out=")), None)
-    if out is None:
-        raise ConfigError("out=FOLDER is required: where checkpoints, log and export go")
+    schemas: dict[str, type[StageConfig]] = {
+        "pretrain": PretrainConfig,
+        "finetune": PretrainConfig,
+        "edsr": EDSRStageConfig,
+        "mzsr": MZSRStageConfig,
+    }
+    if stage not in schemas:
+        raise ConfigError(f"stage {stage!r}: one of {', '.join(schemas)}")
+    out = Path(load_config(schemas[stage], config, overrides or []).out)  # refused here, before any launch
     try:
-        run_deepspeed(f"training.{stage}", config, overrides or [], Path(out), ranks=ranks, hostfile=hostfile)
+        run_deepspeed(f"training.{stage}", config, overrides or [], out, ranks=ranks, hostfile=hostfile)
     except StageFailed as failure:
         print(failure, file=sys.stderr)
         raise typer.Exit(1) from None
