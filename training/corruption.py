@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 
-from datagen.degradations import degrade, load_recipe
+from datagen.degradations import degrade
+from datagen.degradations.recipe import Recipe
 from datagen.degradations.resample import imresize
 
 
 def degrade_by_recipe(
-    recipe: str, clean: torch.Tensor, seed: int, epoch: int, keys: Sequence[str]
+    recipe: Recipe, clean: torch.Tensor, seed: int, epoch: int, keys: Sequence[str]
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """Degrade [N,3,H,W] patches by the recipe of that name; the size stays."""
-    return degrade(clean, load_recipe(recipe), seed=seed, epoch=epoch, keys=keys)
+    """Degrade [N,3,H,W] patches by ``recipe``; the size stays."""
+    return degrade(clean, recipe, seed=seed, epoch=epoch, keys=keys)
 
 
 def shrink(

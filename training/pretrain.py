@@ -31,9 +31,9 @@ class PretrainConfig(StageConfig):
 
 def pretrain(config: PretrainConfig, stage: str = "pretrain") -> int:
     """Run the stage; see ``training.loop.run_stage`` for what is written and returned."""
-    load_recipe(config.recipe)  # refused here, before any process joins another
+    recipe = load_recipe(config.recipe)  # refused here, before any process joins another
     objective = cotraining_objective(config.cotraining, config.seed)
-    return run_stage(stage, config, objective, partial(degrade_by_recipe, config.recipe))
+    return run_stage(stage, config, objective, partial(degrade_by_recipe, recipe))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datagen.degradations import load_recipe
 from infra.config import ConfigError
 from infra.storage import open_store
 from tests.support.s3 import S3Server
@@ -69,7 +70,7 @@ def loader(
     reader = ShardReader(str(dataset))
     data = DataConfig(dataset=str(dataset), patch=32, batch=8, crops_per_sample=2, workers=workers)
     state = StreamState(reader.dataset_id, 5, consumed)
-    corrupt = partial(degrade_by_recipe, "dynet_pretrain")
+    corrupt = partial(degrade_by_recipe, load_recipe("dynet_pretrain"))
     return make_loader(reader, data, state=state, steps=steps, corrupt=corrupt, rank=rank, world_size=world_size)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from datagen.degradations import load_recipe
 from infra.config import load_config
 from infra.launcher import free_port, session_processes
 from tests.support.dataset import REPOSITORY
@@ -90,7 +91,7 @@ def plain_torch(settings: list[str]) -> tuple[dict[str, torch.Tensor], dict[str,
     optimizer = make_optimizer(model, config.optimizer)
     average = MovingAverage(model, config.ema_decay)
     state = StreamState(reader.dataset_id, config.seed, 0)
-    corrupt = partial(degrade_by_recipe, config.recipe)
+    corrupt = partial(degrade_by_recipe, load_recipe(config.recipe))
     for step, batch in enumerate(make_loader(reader, config.data, state=state, steps=config.steps, corrupt=corrupt)):
         set_learning_rate(optimizer, learning_rate(step, config.steps, config.optimizer.lr, config.schedule))
         optimizer.zero_grad()
