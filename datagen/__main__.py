@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datagen.build import STEPS, build, run_steps, verify_store
 from datagen.config import DatagenConfig, absolute
 from datagen.dataset import SUMMARY, DatasetError, read_dataset_json, read_json
-from datagen.source import SourceError
+from datagen.source.listing import SourceError
 from infra.cluster import ClusterError
 from infra.config import ConfigError, load_config
 from infra.storage import StorageError, Store, open_store

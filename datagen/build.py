@@ -8,10 +8,10 @@ import yaml
 
 from datagen.config import DatagenConfig, absolute
 from datagen.dataset import CONFIG, SUMMARY, DatasetError, read_json, write_json
-from datagen.pack import pack
-from datagen.scan import scan
-from datagen.select import select
-from datagen.source import SourceError, require_folders
+from datagen.pack.pack import pack
+from datagen.scan.scan import scan
+from datagen.select.select import select
+from datagen.source.listing import SourceError, require_folders
 from datagen.verify import Check, table, verify
 from infra.cluster import connect
 from infra.storage import Store, open_store

@@ -1,13 +1,14 @@
 """Everything a curation run can be told."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from datagen.picture.perceptual_hash import MAX_RADIUS
 from infra.cluster import launch_directory
 from infra.config import Config
+from infra.tracking import TrackingConfig
 
 
 class SourceConfig(Config):
@@ -25,11 +26,31 @@ class SourceConfig(Config):
 
 
 class ScanConfig(Config):
-    """What is measured, and the limits beyond which no pixel is decoded."""
+    """What is measured, and the limits beyond which no pixel is decoded (those of ``select`` judge what was measured).
+
+    ``scores``: learned scores of your own, name to ``module:function``; the function takes uint8 RGB
+    ``[height, width, 3]`` and returns a number. The module must be importable on every node.
+    """
 
     pictures_per_piece: int = Field(256, ge=1, description="pictures a Ray task scans; lost work when a worker dies")
+    seconds_per_picture: float = Field(120.0, gt=0, description="a picture that takes longer is given up")
     max_megapixels: float = Field(150.0, gt=0, le=178, description="decompression-bomb guard; Pillow's own is 178")
     min_side: int = Field(32, ge=16, description="pixels; smaller pictures are rejected by their header, undecoded")
+    min_bytes: int = Field(0, ge=0, description="smaller files are not even read")
+    max_bytes: int = Field(512 * 1024**2, ge=1, description="larger files are not even read")
+    max_aspect: float = Field(20.0, ge=1)
+    min_jpeg_quality: int = Field(0, ge=0, le=100)
+    min_bits_per_pixel: float = Field(0.0, ge=0, description="JPEG only")
+    niqe_patches: int = Field(32, ge=0, description="96x96 patches that NIQE looks at; 0 leaves it out")
+    niqe_model: str | None = Field(None, description="JSON of `datagen fit-niqe`; null is the one that ships")
+    scores: dict[str, str] = Field(default_factory=dict)
+
+
+class Limits(Config):
+    """An interval; a side that is not given is open."""
+
+    min: float | None = None
+    max: float | None = None
 
 
 class SelectConfig(Config):
@@ -44,12 +65,17 @@ class SelectConfig(Config):
     min_entropy: float = Field(4.0, ge=0, le=8)
     max_blockiness: float = Field(1.6, ge=1)
     max_noise: float = Field(15.0, ge=0)
+    max_niqe: float | None = Field(
+        None, gt=0, description="null: no gate"
+    )
+    scores: dict[str, Limits] = Field(default_factory=dict, description="limits for scan.scores, by name")
     max_overexposed: float = Field(0.4, ge=0, le=1)
     max_underexposed: float = Field(0.4, ge=0, le=1)
     duplicate_radius: int = Field(6, ge=0, le=MAX_RADIUS, description="bits of 64, over eight orientations")
     duplicate_correlation: float = Field(0.95, ge=-1, le=1, description="of 32x32 thumbnails; confirms a hash match")
     leak_radius: int = Field(MAX_RADIUS, ge=0, le=MAX_RADIUS)
     leak_correlation: float = Field(0.9, ge=-1, le=1)
+    leak_crops: bool = Field(True, description="also match crops that keep 3/4 of each side, either way round")
 
 
 class TileConfig(Config):
@@ -64,9 +90,15 @@ class TileConfig(Config):
 
 
 class PackConfig(Config):
-    """How tiles become shards."""
+    """How tiles become shards.
+
+    ``crop``: ``lossless_jpeg`` cuts tiles of JPEG pictures in the DCT domain, on MCU borders, and stores what cannot
+    be cut so as PNG; ``png`` stores every tile as PNG.
+    """
 
     samples_per_shard: int = Field(1000, ge=1, description="at most; shards are evened out, none is left short")
+    bytes_per_shard: int | None = Field(None, ge=1, description="a target, by the bits per pixel of the sources")
+    crop: Literal["lossless_jpeg", "png"] = "lossless_jpeg"
     png_compression: int = Field(3, ge=0, le=9)
 
 
@@ -82,6 +114,7 @@ class DatagenConfig(Config):
     select: SelectConfig = SelectConfig()
     tiles: TileConfig = TileConfig()
     pack: PackConfig = PackConfig()
+    tracking: TrackingConfig | None = Field(None, description="where MLflow records the run; null: nowhere")
 
     @field_validator("source", "leak_guard", mode="before")
     @classmethod

@@ -30,10 +30,12 @@ SAMPLES = "samples.parquet"
 SHARD_FOLDER = "shards"
 
 CONFIG = "curation/config.yaml"
+LISTING_FOLDER = "curation/listing"
 INVENTORY_FOLDER = "curation/inventory"
 INVENTORY = "curation/inventory.json"
 SELECTION = "curation/selection.parquet"
 PACK_FOLDER = "curation/pack"
+REMOVED = "curation/removed.json"
 SUMMARY = "curation/summary.json"
 
 _PIECE_BYTES = 16 * 1024**2

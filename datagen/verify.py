@@ -24,8 +24,8 @@ from datagen.dataset import (
     shard_key,
 )
 from datagen.progress import Progress
-from datagen.scan import read_inventory
-from datagen.select import count_verdicts
+from datagen.scan.inventory import read_inventory
+from datagen.select.select import count_verdicts
 from infra.storage import NotFoundError, Store
 
 _THREADS = 4  # Hashing releases the interpreter lock, and a bucket answers several requests at once.

@@ -235,7 +235,7 @@ def _listing(source: str) -> str:
 
 def _corpus(config: DemoConfig, folder: Path) -> Mapping[str, Any]:
     if not config.source:
-        from datagen.embedded import materialise
+        from datagen.source.embedded import materialise
 
         materialise(folder)
     else:

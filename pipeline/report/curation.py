@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from datagen.dataset import DATASET, SELECTION, SUMMARY, read_json, read_table
-from datagen.scan import read_inventory
+from datagen.scan.inventory import read_inventory
 from infra.storage import open_store
 from pipeline.report.images import Image, image_of_jpeg
 

@@ -9,7 +9,7 @@ import pytest
 
 from datagen.build import build
 from datagen.config import DatagenConfig
-from datagen.embedded import corpus_files
+from datagen.source.embedded import corpus_files
 from infra.cluster import connect
 from infra.config import load_config
 from infra.storage import open_store

@@ -17,7 +17,7 @@ from PIL import Image
 from datagen.build import build
 from datagen.config import DatagenConfig
 from datagen.dataset import SELECTION, read_dataset_json, read_table
-from datagen.embedded import corpus_files, materialise
+from datagen.source.embedded import corpus_files, materialise
 from datagen.verify import verify
 from infra.storage import open_store
 from tests.datagen.conftest import DEMO, ROOT, run_datagen, shard_bytes

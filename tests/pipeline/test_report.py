@@ -16,7 +16,7 @@ import pytest
 
 from datagen.dataset import SELECTION, read_json, read_table, write_table
 from datagen.degradations.steps import STEPS
-from datagen.embedded import materialise
+from datagen.source.embedded import materialise
 from infra.config import dump_config
 from infra.storage import open_store
 from infra.tracking import TrackingConfig

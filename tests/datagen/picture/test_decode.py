@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from datagen.embedded import corpus_files
 from datagen.picture.decode import PictureError, decode, read_header
+from datagen.source.embedded import corpus_files
 
 MAX_PIXELS = 10**7
 

@@ -2,10 +2,10 @@ import cv2
 import numpy as np
 import pytest
 
-from datagen.embedded import corpus_files
 from datagen.picture.decode import decode, read_header
 from datagen.picture.perceptual_hash import ORIENTATIONS, correlation, grey_thumb, hashes, near_pairs, orient
 from datagen.picture.quality import luma
+from datagen.source.embedded import corpus_files
 
 
 def grey(name: str) -> np.ndarray:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from datagen.config import SourceConfig
-from datagen.source import SourceError, list_pictures, open_source, require_folders
+from datagen.source.listing import SourceError, list_pictures, open_source, require_folders
 
 
 def test_listing_is_sorted_within_each_source_and_passes_over_other_files(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from PIL import Image
 
 from datagen.config import DatagenConfig, ScanConfig
 from datagen.dataset import read_json
-from datagen.embedded import corpus_files
 from datagen.picture.perceptual_hash import hashes
-from datagen.scan import INVENTORY_SCHEMA, Piece, read_inventory, scan, scan_piece
-from datagen.source import Picture
+from datagen.scan.inventory import INVENTORY_SCHEMA, read_inventory
+from datagen.scan.scan import Piece, scan, scan_piece
+from datagen.source.embedded import corpus_files
+from datagen.source.listing import Picture
 from infra.storage import StorageError, open_store
 
 
@@ -66,7 +67,7 @@ def test_a_second_scan_decodes_nothing_and_a_changed_file_only_its_piece(
 def test_a_damaged_part_is_scanned_again(photographs: Path, tmp_path: Path) -> None:
     store = open_store(tmp_path / "out")
     picture = Picture("s/coins.png", str(photographs), "coins.png", 75825, "1", "")
-    piece = Piece((picture,), ScanConfig(), store)
+    piece = Piece((picture,), 0, ScanConfig(), store)
     first = scan_piece(piece)
     assert first.fresh and not scan_piece(piece).fresh
     store.write(piece.part, store.read(piece.part)[:-20])
@@ -79,7 +80,7 @@ def test_too_small_a_picture_is_not_decoded(tmp_path: Path) -> None:
     Image.new("RGB", (20, 400), "red").save(buffer, "PNG")
     (tmp_path / "thin.png").write_bytes(buffer.getvalue()[:-30])  # Damaged, which only a decode would find.
     picture = Picture("s/thin.png", str(tmp_path), "thin.png", 1, "1", "")
-    scan_piece(Piece((picture,), ScanConfig(), store := open_store(tmp_path / "out")))
+    scan_piece(Piece((picture,), 0, ScanConfig(), store := open_store(tmp_path / "out")))
     part = next(iter(store.list("curation/inventory/")))
     row = pq.read_table(io.BytesIO(store.read(part.key))).to_pylist()[0]
     assert (row["verdict"], row["stage"], row["reason"], row["width"]) == ("rejected", "header", "too_small", 20)
@@ -88,8 +89,8 @@ def test_too_small_a_picture_is_not_decoded(tmp_path: Path) -> None:
 def test_a_file_that_vanished_is_a_row_but_a_store_that_is_away_is_an_error(tmp_path: Path) -> None:
     store = open_store(tmp_path / "out")
     gone = Picture("s/gone.png", str(tmp_path), "gone.png", 1, "1", "")
-    result = scan_piece(Piece((gone,), ScanConfig(), store))
+    result = scan_piece(Piece((gone,), 0, ScanConfig(), store))
     assert (result.rows, result.measured) == (1, 0)
     unreachable = tuple(Picture(f"s/{i}", "nowhere://host", f"{i}.png", 1, "1", "") for i in range(2))
     with pytest.raises(StorageError, match="nor could the next 1 pictures"):
-        scan_piece(Piece(unreachable, ScanConfig(), store))
+        scan_piece(Piece(unreachable, 0, ScanConfig(), store))

@@ -17,8 +17,8 @@ from datagen.dataset import SELECTION, write_table
 from datagen.picture.perceptual_hash import THUMB, correlation, near_pairs, orient
 from datagen.picture.quality import WHOLE_PICTURE_MEASURES
 from datagen.progress import Progress
-from datagen.scan import read_inventory
-from datagen.tiles import choose_tiles
+from datagen.scan.inventory import read_inventory
+from datagen.select.tiles import choose_tiles
 from infra.storage import Store
 
 SELECTION_SCHEMA = pa.schema(

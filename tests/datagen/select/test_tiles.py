@@ -3,7 +3,7 @@ import pytest
 
 from datagen.config import TileConfig
 from datagen.picture.quality import CELL
-from datagen.tiles import Box, choose_tiles
+from datagen.select.tiles import Box, choose_tiles
 
 
 def choose(width: int, height: int, sharpness: np.ndarray | None = None, **settings: object) -> list[Box]:

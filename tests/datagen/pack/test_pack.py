@@ -12,9 +12,9 @@ from PIL import Image
 from datagen.build import build
 from datagen.config import DatagenConfig
 from datagen.dataset import DatasetError, read_dataset_json, read_samples
-from datagen.embedded import corpus_files
-from datagen.pack import pack, plan_shards
+from datagen.pack.pack import pack, plan_shards
 from datagen.picture.decode import decode, read_header
+from datagen.source.embedded import corpus_files
 from infra.storage import open_store
 from tests.datagen.conftest import shard_bytes
 

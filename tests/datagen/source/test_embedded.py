@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from datagen.embedded import HELD_OUT, corpus_files, materialise
+from datagen.source.embedded import HELD_OUT, corpus_files, materialise
 
 DIGEST = (
-    "import hashlib; from datagen.embedded import corpus_files; files = corpus_files('pictures');"
+    "import hashlib; from datagen.source.embedded import corpus_files; files = corpus_files('pictures');"
     "print(hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest())"
 )
 

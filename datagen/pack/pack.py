@@ -24,7 +24,6 @@ import pyarrow as pa
 from datagen.config import DatagenConfig, absolute, name_of
 from datagen.dataset import (
     DATASET,
-    INVENTORY,
     PACK_FOLDER,
     SAMPLES,
     SAMPLES_SCHEMA,
@@ -46,10 +45,10 @@ from datagen.dataset import (
 from datagen.picture.decode import decode, read_header
 from datagen.picture.quality import Measures, luma, measure
 from datagen.progress import Progress
-from datagen.scan import read_inventory
-from datagen.select import SELECTION_SCHEMA, count_verdicts
-from datagen.source import open_source
-from datagen.tiles import Box
+from datagen.scan.inventory import read_inventory, read_manifest
+from datagen.select.select import SELECTION_SCHEMA, count_verdicts
+from datagen.select.tiles import Box
+from datagen.source.listing import open_source
 from infra.cluster import map_tasks
 from infra.storage import NotFoundError, Store
 
@@ -355,7 +354,7 @@ def _publish(
     samples: pa.Table,
 ) -> None:
     selection = read_table(store, SELECTION)
-    manifest = read_json(store, INVENTORY)
+    manifest = read_manifest(store)
     files = {
         SHARDS: write_table(store, SHARDS, shards),
         SAMPLES: write_table(store, SAMPLES, samples),

@@ -6,12 +6,12 @@ import pytest
 
 from datagen.config import DatagenConfig
 from datagen.dataset import SELECTION, read_table
-from datagen.scan import read_inventory
-from datagen.select import COLUMNS, GATES, Gate, count_verdicts, judge
+from datagen.scan.inventory import read_inventory
+from datagen.select.select import COLUMNS, GATES, Gate, count_verdicts, judge
 from infra.config import load_config
 from infra.storage import open_store
 
-DEMO = Path(__file__).parents[2] / "configs" / "datagen" / "demo.yaml"
+DEMO = Path(__file__).parents[3] / "configs" / "datagen" / "demo.yaml"
 
 
 @pytest.fixture(scope="module")

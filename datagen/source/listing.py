@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from datagen.config import SourceConfig, absolute, name_of
-from datagen.embedded import EmbeddedSource
+from datagen.source.embedded import EmbeddedSource
 from infra.errors import Refusal
 from infra.storage import Entry, open_store
 
@@ -28,8 +28,23 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
+class Member:
+    """Where a picture and what came along with it lie in a tar shard: byte ranges of the file ``container``."""
+
+    container: str
+    offset: int
+    text: tuple[int, int] | None = None
+    json: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Picture:
-    """One file of a listing. ``source`` is ``<name>/<key>``, ``root`` the uri that its key is below."""
+    """One picture of a listing.
+
+    ``source`` is ``<name>/<key>`` and unique in a corpus; ``root`` is the uri that ``key`` is below. For a member of
+    a tar the key is ``<path of the tar>/<name of the member>``. A picture with a ``fault`` cannot be read, and the
+    fault is the reason that its row will give.
+    """
 
     source: str
     root: str
@@ -37,6 +52,8 @@ class Picture:
     size: int
     version: str
     licence: str
+    member: Member | None = None
+    fault: str = ""
 
     @property
     def uri(self) -> str:
@@ -81,3 +98,14 @@ def list_pictures(sources: Sequence[SourceConfig], role: str = "source") -> tupl
         if len(pictures) == before:
             raise SourceError(f"{role} {source.uri!r}: no picture there (looked for {', '.join(SUFFIXES)})")
     return pictures, others
+
+
+def read_picture(picture: Picture) -> bytes:
+    """The bytes of a picture's file.
+
+    Raises:
+        NotFoundError, StorageError: the file is gone, or the store is away.
+    """
+    if picture.member is None:
+        return open_source(picture.root).read(picture.key)
+    return open_store(picture.root).read_range(picture.member.container, picture.member.offset, picture.size)
