@@ -1,20 +1,28 @@
 """The steps of a curation in order, each resumable, each leaving its facts in ``curation/summary.json``."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import yaml
 
 from datagen.config import DatagenConfig, absolute
 from datagen.dataset import CONFIG, SUMMARY, DatasetError, read_json, write_json
-from datagen.pack.pack import pack
+from datagen.grow import merge_sources, require_same_settings, scan_new
+from datagen.pack.pack import pack, repair_shard
+from datagen.remove import take_down
+from datagen.report import write_report
+from datagen.scan.retry import rescan_failed
 from datagen.scan.scan import scan
 from datagen.select.select import select
 from datagen.source.listing import SourceError, require_folders
 from datagen.verify import Check, table, verify
+from datagen.watch import record_result, watched
 from infra.cluster import connect
+from infra.config import load_config
 from infra.storage import Store, open_store
+from infra.storage.local import sweep
 
 Step = Callable[[DatagenConfig, Store], dict[str, Any]]
 STEPS: dict[str, Step] = {"scan": scan, "select": select, "pack": pack}
@@ -31,13 +39,65 @@ def run_steps(config: DatagenConfig, names: Sequence[str]) -> Store:
             raise SourceError("source: not given; a folder, s3://bucket/prefix, or embedded:pictures")
         require_folders(config.source, "source")
         require_folders(config.leak_guard, "leak_guard")
-    store = open_store(absolute(config.out))
-    store.write(CONFIG, yaml.safe_dump(_resolved(config), sort_keys=False, allow_unicode=True).encode())
-    with connect(config.num_cpus) as resources:
-        cluster = {name: amount for name, amount in resources.items() if not name.startswith(("node:", "object_store"))}
+    with _working(config) as store:
         for name in names:
-            facts = STEPS[name](config, store)
-            _record(store, name, {**facts, "cluster": cluster})
+            _run(name, STEPS[name], config, store)
+    return store
+
+
+def build(config: DatagenConfig) -> Store:
+    """Scan, select, pack, verify and report. Run it again after any interruption: it does only what is missing."""
+    return _finish(config, run_steps(config, list(STEPS)))
+
+
+def add(config: DatagenConfig) -> Store:
+    """Bring new pictures of ``config.source`` into a finished dataset, as new shards; its old sources stay on record.
+
+    Raises:
+        ConfigError: settings differ from those of the dataset, whose shards would change.
+        DatasetError: there is no dataset to add to.
+    """
+    store = open_store(absolute(config.out))
+    if not (on_record := config_on_record(store)):
+        raise DatasetError(f"{store.uri}: nothing to add to; `python -m datagen build` makes a dataset")
+    recorded = load_config(DatagenConfig, recorded=on_record)
+    config, sources = merge_sources(config, recorded.source)
+    require_folders(sources, "source")
+    require_same_settings(config, store)
+    with _working(config) as store:
+        _run("scan", lambda config, store: scan_new(config, store, sources), config, store)
+        _run("select", select, config, store)
+        _run("pack", pack, config, store)
+    return _finish(config, store)
+
+
+def retry(config: DatagenConfig) -> Store:
+    """Read the pictures that failed once more; those that can now be read are packed as new shards."""
+    with _working(config) as store:
+        _run("scan", rescan_failed, config, store)
+        _run("select", select, config, store)
+        _run("pack", pack, config, store)
+    return _finish(config, store)
+
+
+def remove(config: DatagenConfig, targets: Sequence[str], note: str) -> list[str]:
+    """Take pictures and their copies down, and rewrite the shards that held them. Returns their sources.
+
+    Raises:
+        DatasetError: a target is no picture of this corpus; nothing was changed.
+    """
+    with _working(config) as store:
+        sources = take_down(store, targets, note)
+        _run("select", select, config, store)
+        _run("pack", pack, config, store)
+    _finish(config, store)
+    return sources
+
+
+def repair(config: DatagenConfig, shard: str) -> Store:
+    """Build one damaged shard again."""
+    with _working(config) as store:
+        repair_shard(config, store, shard)
     return store
 
 
@@ -57,11 +117,32 @@ def verify_store(store: Store) -> list[Check]:
     return checks
 
 
-def build(config: DatagenConfig) -> Store:
-    """Scan, select, pack and verify. Run it again after any interruption: it does only what is missing."""
-    store = run_steps(config, list(STEPS))
+@contextlib.contextmanager
+def _working(config: DatagenConfig) -> Iterator[Store]:
+    """The output's store, with the configuration on record, and a cluster to work on."""
+    store = open_store(absolute(config.out))
+    store.write(CONFIG, yaml.safe_dump(_resolved(config), sort_keys=False, allow_unicode=True).encode())
+    sweep(store)
+    with connect(config.num_cpus), watched(config, store):
+        yield store
+
+
+def _run(name: str, step: Step, config: DatagenConfig, store: Store) -> None:
+    with connect() as resources:  # The connection that _working made.
+        cluster = {kind: amount for kind, amount in resources.items() if not kind.startswith(("node:", "object_store"))}
+    _record(store, name, {**step(config, store), "cluster": cluster})
+
+
+def _finish(config: DatagenConfig, store: Store) -> Store:
     verify_store(store)
+    write_report(store)
+    record_result(config, store)
     return store
+
+
+def config_on_record(store: Store) -> dict[str, Any]:
+    """The configuration of the last run into ``store``, as it was then; empty before the first."""
+    return yaml.safe_load(store.read(CONFIG)) if store.exists(CONFIG) else {}
 
 
 def _resolved(config: DatagenConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from datagen.picture.perceptual_hash import MAX_RADIUS
+from datagen.select.neighbours import MAX_RADIUS
 from infra.cluster import launch_directory
 from infra.config import Config
 from infra.tracking import TrackingConfig
@@ -65,15 +65,13 @@ class SelectConfig(Config):
     min_entropy: float = Field(4.0, ge=0, le=8)
     max_blockiness: float = Field(1.6, ge=1)
     max_noise: float = Field(15.0, ge=0)
-    max_niqe: float | None = Field(
-        None, gt=0, description="null: no gate"
-    )
+    max_niqe: float | None = Field(None, gt=0, description="null: no gate")
     scores: dict[str, Limits] = Field(default_factory=dict, description="limits for scan.scores, by name")
     max_overexposed: float = Field(0.4, ge=0, le=1)
     max_underexposed: float = Field(0.4, ge=0, le=1)
     duplicate_radius: int = Field(6, ge=0, le=MAX_RADIUS, description="bits of 64, over eight orientations")
     duplicate_correlation: float = Field(0.95, ge=-1, le=1, description="of 32x32 thumbnails; confirms a hash match")
-    leak_radius: int = Field(MAX_RADIUS, ge=0, le=MAX_RADIUS)
+    leak_radius: int = Field(7, ge=0, le=MAX_RADIUS)
     leak_correlation: float = Field(0.9, ge=-1, le=1)
     leak_crops: bool = Field(True, description="also match crops that keep 3/4 of each side, either way round")
 
@@ -83,6 +81,7 @@ class TileConfig(Config):
 
     size: int | None = Field(512, ge=64, description="pixels; null packs every picture whole")
     whole_below: int = Field(1024, ge=0, description="pixels")
+    max_overlap: float = Field(0.25, ge=0, lt=1, description="share of a tile; so that no pixel of a side is left out")
     align: int = Field(16, ge=1, description="tile corners lie on multiples of it: the largest JPEG MCU")
     max_per_picture: int | None = Field(None, ge=1, description="the sharpest are taken; null takes all that pass")
     min_laplacian_variance: float = Field(50.0, ge=0)

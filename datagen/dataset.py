@@ -83,15 +83,30 @@ def shard_key(name: str) -> str:
     return f"{SHARD_FOLDER}/{name}"
 
 
-def dataset_id(shards: pa.Table, samples: pa.Table) -> str:
-    """64 hex digits: sha256 over every value of the two tables, row by row."""
-    digest = hashlib.sha256()
-    for table, schema in ((shards, SHARDS_SCHEMA), (samples, SAMPLES_SCHEMA)):
+class Identity:
+    """The dataset id as it grows: 64 hex digits, sha256 over every value of the two tables, row by row."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, table: pa.Table, schema: pa.Schema) -> None:
+        """Take in the next rows of the shards table, then of the samples table, in pieces of any size."""
         for batch in table.select(schema.names).to_batches(max_chunksize=65536):
             for row in batch.to_pylist():
-                digest.update(canonical_json(row))
-                digest.update(b"\n")
-    return digest.hexdigest()
+                self._digest.update(canonical_json(row))
+                self._digest.update(b"\n")
+
+    def hexdigest(self) -> str:
+        """The id of what was taken in."""
+        return self._digest.hexdigest()
+
+
+def dataset_id(shards: pa.Table, samples: pa.Table) -> str:
+    """The id of a dataset; see :class:`Identity`."""
+    identity = Identity()
+    identity.add(shards, SHARDS_SCHEMA)
+    identity.add(samples, SAMPLES_SCHEMA)
+    return identity.hexdigest()
 
 
 def sha256_of_object(store: Store, key: str) -> str:
@@ -158,6 +173,11 @@ def read_shards(store: Store) -> pa.Table:
 def read_json(store: Store, key: str) -> dict[str, Any]:
     """A JSON file of the dataset; empty when it is not there."""
     return json.loads(store.read(key)) if store.exists(key) else {}
+
+
+def read_removed(store: Store) -> frozenset[str]:
+    """sha256 of every picture file that was taken down."""
+    return frozenset(picture["sha256"] for picture in read_json(store, REMOVED).get("pictures", []))
 
 
 def write_json(store: Store, key: str, value: dict[str, Any]) -> None:

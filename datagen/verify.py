@@ -1,6 +1,5 @@
 """Verify: from the output alone, proof that nothing was lost on the way and nothing was damaged since."""
 
-import collections
 import concurrent.futures
 import hashlib
 import io
@@ -9,7 +8,9 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from datagen.dataset import (
     CONFIG,
@@ -17,6 +18,7 @@ from datagen.dataset import (
     DatasetError,
     dataset_id,
     read_dataset_json,
+    read_removed,
     read_samples,
     read_shards,
     read_table,
@@ -24,6 +26,7 @@ from datagen.dataset import (
     shard_key,
 )
 from datagen.progress import Progress
+from datagen.remove import remembered
 from datagen.scan.inventory import read_inventory
 from datagen.select.select import count_verdicts
 from infra.storage import NotFoundError, Store
@@ -50,6 +53,7 @@ def verify(store: Store) -> list[Check]:
     try:
         selection = read_table(store, SELECTION)
         inventory = read_inventory(store, ["source", "sha256", "verdict"])
+        removed = read_removed(store)
     except (NotFoundError, pa.ArrowInvalid, KeyError) as error:
         raise DatasetError(f"{store.uri}: {error}; `python -m datagen build` renews it") from None
     return [
@@ -58,6 +62,7 @@ def verify(store: Store) -> list[Check]:
         _check_identity(description, shards, samples),
         _check_keys(samples),
         _check_sources(inventory, selection, samples),
+        _check_removed(store, removed, samples),
         _check_shards(store, shards, samples),
     ]
 
@@ -66,7 +71,7 @@ def table(checks: list[Check]) -> str:
     """The checks as text, one line each, with up to five faults of each below it."""
     lines = []
     for check in checks:
-        lines.append(f"{'FAILED' if check.faults else 'ok':<7}{check.name:<26}{check.proved}")
+        lines.append(f"{'FAILED' if check.faults else 'ok':<7}{check.name:<32}{check.proved}")
         lines += [f"         - {fault}" for fault in check.faults[:5]]
         if len(check.faults) > 5:
             lines.append(f"         - and {len(check.faults) - 5} more")
@@ -93,10 +98,8 @@ def _check_accounting(description: dict[str, Any], inventory: pa.Table, selectio
     listed = description["totals"]
     if any(listed[name] != counts[name] for name in ("inputs", "kept", "rejected", "failed")):
         faults.append("dataset.json counts differ from the selection's")
-    if None in selection.column("reason").to_pylist() or any(
-        bool(reason) == (verdict == "kept")
-        for verdict, reason in zip(selection.column("verdict").to_pylist(), selection.column("reason").to_pylist())
-    ):
+    reasoned = pc.not_equal(pc.fill_null(selection.column("reason"), ""), "")
+    if pc.any(pc.equal(reasoned, pc.equal(selection.column("verdict"), "kept"))).as_py():
         faults.append("a picture is rejected without a reason, or kept with one")
     proved = f"{inventory.num_rows} inputs = {counts['kept']} kept + {rejected} rejected + {failed} failed"
     return Check("every input accounted for", proved, faults)
@@ -109,47 +112,75 @@ def _check_identity(description: dict[str, Any], shards: pa.Table, samples: pa.T
 
 
 def _check_keys(samples: pa.Table) -> Check:
-    keys = samples.column("key").to_pylist()
-    faults = [f"{key} occurs {count} times" for key, count in collections.Counter(keys).items() if count > 1]
-    faults += [f"{key} holds a dot, at which WebDataset would split it" for key in keys if "." in key]
+    keys = samples.column("key")
+    counts = pc.value_counts(keys)
+    twice = counts.filter(pc.greater(counts.field("counts"), 1)).to_pylist()
+    faults = [f"{entry['values']} occurs {entry['counts']} times" for entry in twice]
+    dotted = keys.filter(pc.match_substring(keys, ".")).to_pylist()
+    faults += [f"{key} holds a dot, at which WebDataset would split it" for key in dotted]
     return Check("keys are unique", f"{len(keys)} keys", faults)
 
 
 def _check_sources(inventory: pa.Table, selection: pa.Table, samples: pa.Table) -> Check:
-    hashes = dict(zip(inventory.column("source").to_pylist(), inventory.column("sha256").to_pylist()))
-    planned = {
-        (row["source"], *(tile[name] for name in ("x", "y", "width", "height")))
-        for row in selection.select(["source", "tiles"]).to_pylist()
-        for tile in row["tiles"]
-    }
-    faults = []
-    packed = set()
-    for row in samples.select(["key", "source", "source_sha256", "x", "y", "width", "height"]).to_pylist():
-        crop = (row["source"], row["x"], row["y"], row["width"], row["height"])
-        packed.add(crop)
-        if hashes.get(row["source"]) != row["source_sha256"]:
-            faults.append(f"sample {row['key']}: {row['source']} with that sha256 is not in the inventory")
-        if crop not in planned:
-            faults.append(f"sample {row['key']}: its crop of {row['source']} was not selected")
-    missing = sorted(planned - packed)
-    faults += [f"{source}: the selected crop at {x},{y} is in no shard" for source, x, y, _, _ in missing]
-    proved = f"{len(packed)} crops of {len({crop[0] for crop in packed})} pictures"
-    return Check("samples and selection agree", proved, faults)
+    """Every sample is a selected crop of a picture on record, and every selected crop is a sample."""
+    names = inventory.column("source").combine_chunks()
+    owner = pc.fill_null(pc.index_in(samples.column("source"), value_set=names), -1).to_numpy().astype(np.int64)
+    hashes = pc.take(inventory.column("sha256"), pa.array(np.maximum(owner, 0)))
+    right = (owner >= 0) & pc.fill_null(pc.equal(hashes, samples.column("source_sha256")), False).to_numpy()
+    faults = [
+        f"sample {row['key']}: {row['source']} with that sha256 is not in the inventory"
+        for row in samples.select(["key", "source"]).filter(pa.array(~right)).to_pylist()
+    ]
+    kept = selection.filter(pc.equal(selection.column("verdict"), "kept"))
+    tiles = kept.column("tiles").combine_chunks()
+    holders = pc.index_in(kept.column("source"), value_set=names).to_numpy().astype(np.int64)
+    counts = pc.list_value_length(tiles).to_numpy()
+    crop = ("x", "y", "width", "height")
+    corners = [tiles.flatten().field(name).to_numpy() for name in crop]
+    planned = _sorted_rows([np.repeat(holders, counts), *corners])
+    packed = _sorted_rows([owner, *(samples.column(name).to_numpy() for name in crop)])
+    if not np.array_equal(planned, packed):
+        wanted, found = set(map(tuple, planned.tolist())), set(map(tuple, packed.tolist()))
+        label = [*names.to_pylist(), "a picture not on record"]
+        faults += [
+            f"the crop {row[1:]} of {label[row[0]]} is in a shard, but was not selected" for row in found - wanted
+        ]
+        faults += [f"{label[row[0]]}: the selected crop {row[1:]} is in no shard" for row in wanted - found]
+        if found == wanted:
+            faults.append(f"{len(packed) - len(planned)} crops are packed more than once")
+    proved = f"{len(packed)} crops of {len(np.unique(owner))} pictures"
+    return Check("samples and selection agree", proved, sorted(faults))
+
+
+def _check_removed(store: Store, removed: frozenset[str], samples: pa.Table) -> Check:
+    """No sample and no thumbnail of a picture that was taken down is left."""
+    hashes = pa.array(sorted(removed), pa.string())
+    held = samples.filter(pc.is_in(samples.column("source_sha256"), hashes)).column("key").to_pylist()
+    faults = [f"sample {key} is of a picture that was taken down; `python -m datagen pack` drops it" for key in held]
+    if removed:
+        faults += [
+            f"{source}: its thumbnail is still in the inventory; `python -m datagen remove` again takes it out"
+            for source in remembered(store, removed)
+        ]
+    return Check("taken-down pictures gone", f"{len(removed)} on the list", faults)
+
+
+def _sorted_rows(columns: list[np.ndarray]) -> np.ndarray:
+    rows = np.stack([column.astype(np.int64) for column in columns], axis=1)
+    return rows[np.lexsort(rows.T[::-1])]
 
 
 def _check_shards(store: Store, shards: pa.Table, samples: pa.Table) -> Check:
-    rows_of: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
-    for row in samples.to_pylist():
-        rows_of[row["shard"]].append(row)
     listed = shards.to_pylist()
+    starts = np.cumsum([0, *(shard["samples"] for shard in listed)])
     progress = Progress("verify", len(listed), "shards")
 
-    def fault_of(shard: dict[str, Any]) -> str | None:
-        return _shard_fault(store, shard, rows_of[shard["name"]])
+    def fault_of(index: int) -> str | None:
+        return _shard_fault(store, listed[index], samples.slice(starts[index], listed[index]["samples"]).to_pylist())
 
     faults = []
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        for fault in pool.map(fault_of, listed):
+        for fault in pool.map(fault_of, range(len(listed))):
             progress.advance(1)
             faults += [fault] if fault else []
     progress.finish()
@@ -162,11 +193,11 @@ def _check_shards(store: Store, shards: pa.Table, samples: pa.Table) -> Check:
 
 def _shard_fault(store: Store, shard: dict[str, Any], rows: list[dict[str, Any]]) -> str | None:
     key = shard_key(shard["name"])
-    if fault := _differs(store, key, shard["sha256"], "pack"):
+    if fault := _differs(store, key, shard["sha256"], f"pack --shard {shard['name']}"):
         return fault
     data = store.read(key)
     place = f"{store.uri}/{key}"
-    if len(data) != shard["bytes"] or len(rows) != shard["samples"]:
+    if len(data) != shard["bytes"] or {row["shard"] for row in rows} != {shard["name"]}:
         return f"{place}: {len(data)} bytes and {len(rows)} samples listed, shards.parquet says otherwise"
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         members = [(entry.name, entry.offset_data, entry.size) for entry in tar]

@@ -1,12 +1,15 @@
 """Joining or starting a Ray cluster, and running many small tasks on it."""
 
+import collections
 import contextlib
+import dataclasses
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import psutil
 import ray
@@ -17,6 +20,12 @@ from infra.errors import Refusal
 _THREAD_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
 # Tasks here exchange file names and counts; Ray's default would reserve 30 % of the machine's memory.
 _LOCAL_OBJECT_STORE_BYTES = 256 * 1024**2
+# Deaths that say more of the node than of the task: a lost node, no memory left on it. A task may be the one to blame
+# for either, so they are not forgiven for ever.
+FORGIVEN = 5
+_LOST = (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)
+# Only while a task waits for its next try.
+_POLL_SECONDS = 0.2
 
 # One for the life of the process: Ray reads it once.
 _TOKEN = secrets.token_hex(32)
@@ -90,40 +99,110 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@dataclasses.dataclass
+class _Task(Generic[Item]):
+    """An item, how often its worker died, how often that was forgiven, and when it may start (time.monotonic)."""
+
+    item: Item
+    deaths: int = 0
+    forgiven: int = 0
+    start: float = 0.0
+
+
 def map_tasks(
-    function: Callable[[Item], Result], items: Iterable[Item], *, in_flight_per_cpu: int = 2, retries: int = 3
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    in_flight_per_cpu: int = 2,
+    retries: int = 3,
+    on_death: Callable[[Item, str], Iterable[Item]] | None = None,
 ) -> Iterator[Result]:
     """Run ``function(item)`` as one single-core Ray task an item; results come in the order of completion.
 
-    A task whose worker dies is run again, up to ``retries`` times; an exception of ``function`` itself is raised here
-    at once. Only a few tasks a core are in flight, so that millions of items cost no memory.
+    A task whose worker dies (killed, crashed) is run again, up to ``retries`` times. After that, what
+    ``on_death(item, why)`` returns is run instead, and may be nothing; without it the run ends. A lost node, or one
+    without memory on which Ray ends whichever task is the youngest, says little about the task: up to ``FORGIVEN``
+    such deaths cost none of its tries. An exception of ``function`` itself is raised here at once. Only a few tasks a
+    core are in flight, so that millions of items cost no memory.
+
+    Raises:
+        ClusterError: the worker of one item died ``retries + 1`` times and ``on_death`` is not given, or Ray gave up.
     """
-    remote = ray.remote(function).options(num_cpus=1, max_retries=retries)
-    pending: set[ray.ObjectRef] = set()
-    waiting = iter(items)
-    exhausted = False
+    # Ray's own retries are off: those after running out of memory have no end.
+    remote = ray.remote(function).options(num_cpus=1, max_retries=0)
+    fresh = (_Task(item) for item in items)
+    again: collections.deque[_Task[Item]] = collections.deque()
+    pending: dict[ray.ObjectRef, _Task[Item]] = {}
     try:
         while True:
             limit = max(1, int(ray.cluster_resources().get("CPU", 1))) * in_flight_per_cpu
-            while not exhausted and len(pending) < limit:
-                try:
-                    pending.add(remote.remote(next(waiting)))
-                except StopIteration:
-                    exhausted = True
-            if not pending:
+            while len(pending) < limit and (task := _next_task(again, fresh)) is not None:
+                pending[remote.remote(task.item)] = task
+            if not pending and not again:
                 return
-            done, rest = ray.wait(list(pending), num_returns=1)
-            pending = set(rest)
-            try:
-                results = ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from None
-            except ray.exceptions.WorkerCrashedError as error:
-                raise ClusterError(f"a worker died {retries + 1} times at the same task: {error}") from None
-            yield from results
+            if not pending:
+                time.sleep(_POLL_SECONDS)
+                continue
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_SECONDS if again else None)
+            for reference in done:
+                task = pending.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                except ray.exceptions.RayError as error:
+                    again.extend(_after_death(task, error, retries, on_death))
+                else:
+                    yield result
     finally:
         for reference in pending:
             ray.cancel(reference, force=True)
+
+
+def _next_task(again: collections.deque[_Task[Item]], fresh: Iterator[_Task[Item]]) -> _Task[Item] | None:
+    """What is due of the tasks to run again, else the next new one."""
+    for task in again:
+        if task.start <= time.monotonic():
+            again.remove(task)
+            return task
+    return next(fresh, None)
+
+
+def _after_death(
+    task: _Task[Item],
+    error: ray.exceptions.RayError,
+    retries: int,
+    on_death: Callable[[Item, str], Iterable[Item]] | None,
+) -> list[_Task[Item]]:
+    """What is to be run after a task ended without a result or an exception of its own."""
+    starved = isinstance(error, ray.exceptions.OutOfMemoryError)
+    if not isinstance(error, (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, *_LOST)):
+        raise ClusterError(f"Ray could not run a task: {error}") from None
+    # Where memory ran out the other tasks, or another program, must end first.
+    start = time.monotonic() + (2.0 ** (task.forgiven + 1) if starved else 0.0)
+    if task.forgiven < FORGIVEN and (starved or isinstance(error, _LOST)):
+        return [dataclasses.replace(task, forgiven=task.forgiven + 1, start=start)]
+    deaths = task.deaths + 1
+    if deaths <= retries:
+        return [dataclasses.replace(task, deaths=deaths, start=start)]
+    why = f"out of memory: {error}" if starved else str(error)
+    why = why.splitlines()[0]
+    if on_death is None:
+        raise ClusterError(f"a worker died {deaths} times at the same task: {why}") from None
+    return [_Task(item) for item in on_death(task.item, why)]
+
+
+def node_memory() -> int:
+    """Bytes of memory that Ray offers to the tasks of this process' node; it heeds the limits of a container.
+
+    Outside a cluster: of the machine.
+    """
+    if ray.is_initialized():
+        here = ray.get_runtime_context().get_node_id()
+        for node in ray.nodes():
+            if node["NodeID"] == here and "memory" in node["Resources"]:
+                return int(node["Resources"]["memory"])
+    return psutil.virtual_memory().total
 
 
 def launch_directory() -> Path:

@@ -5,11 +5,12 @@ models, literals and bounds, and reports every fault with its key path, from whi
 are built. Validation is strict (no ``"3"`` for 3, no ``true`` for 1), so that a typo is never a value.
 """
 
+import copy
 import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -44,8 +45,16 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(schema: type[ConfigT], path: str | Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
+def load_config(
+    schema: type[ConfigT],
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    recorded: Mapping[str, Any] | None = None,
+) -> ConfigT:
     """Read ``path`` (YAML), apply ``overrides`` (``a.b=value``, value in YAML syntax), validate against ``schema``.
+
+    Without a ``path`` the overrides apply to ``recorded``: what an earlier run put on record.
 
     Every door (``ird``, ``python -m``, ``deepspeed --module``, Ray jobs) comes through here, so the
     same file and the same overrides mean the same run everywhere.
@@ -55,7 +64,7 @@ def load_config(schema: type[ConfigT], path: str | Path | None = None, overrides
             value has the wrong type or lies outside its bounds. All faults are reported at once.
     """
     origin = str(path) if path is not None else "command line"
-    data = _read_yaml(Path(path)) if path is not None else {}
+    data = _read_yaml(Path(path)) if path is not None else copy.deepcopy(dict(recorded or {}))
     for override in overrides:
         _apply_override(data, override)
     try:

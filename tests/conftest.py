@@ -1,16 +1,20 @@
 """Fixtures that several floors share, and the account of skipped tests at the end of a run."""
 
+import fcntl
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.dataset import small_dataset  # noqa: F401  (a fixture: pytest finds it here)
-from tests.support.s3 import s3_server  # noqa: F401
+from tests.support.dataset import REPOSITORY
+from tests.support.s3 import s3_server  # noqa: F401  (a fixture: pytest finds it here)
 
 # A word in the reason of a skip, and what makes that test run.
 _REMEDIES = {
@@ -19,6 +23,49 @@ _REMEDIES = {
     "gpu cuda": "run on a machine with a GPU",
     "root": "sudo make test, best in a container",
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: begun last, a long file would keep one worker busy while the others idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session")
+def once_per_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """``once_per_run(name, make)``: a folder that ``make(folder)`` filled, shared by all worker processes of this run.
+
+    What lies in it is for reading only: a test that changes it works on a copy.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # each worker has a folder of its own below the run's
+
+    def find_or_make(name: str, make: Callable[[Path], None]) -> Path:
+        folder, made = root / f"shared-{name}", root / f"shared-{name}.made"
+        with open(root / f"shared-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return find_or_make
+
+
+@pytest.fixture(scope="session")
+def small_dataset(once_per_run: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """The default corpus in three or more shards, built by ``python -m datagen build``."""
+    config = str(REPOSITORY / "configs/datagen/demo.yaml")
+
+    def build(out: Path) -> None:
+        command = [sys.executable, "-m", "datagen", "build", "--config", config]
+        command += [f"out={out}", "pack.samples_per_shard=8"]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+
+    return once_per_run("dataset", build)
 
 
 @pytest.fixture(scope="session")

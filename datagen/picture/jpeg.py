@@ -1,8 +1,18 @@
-"""The compression history that a JPEG's quantisation tables tell."""
+"""What a JPEG says of itself: its frame, its scans, and the compression history that quantisation tables tell."""
 
-from collections.abc import Mapping, Sequence
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+
+# Marker codes, ITU-T T.81 (1992), table B.1.
+_EOI, _SOS = 0xD9, 0xDA
+_SOF = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_FRAME_HEADER = struct.Struct(">BHHB")
+# Within a scan a marker is 0xFF and neither a stuffed zero, nor a restart, nor a fill byte.
+_MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 
 # ITU-T T.81 (1992), table K.1: the luma table that the Independent JPEG Group scales with its quality.
 _K1 = np.array(
@@ -38,3 +48,46 @@ def estimate_quality(tables: Mapping[int, Sequence[int]]) -> int:
     """
     luma = np.asarray(tables[min(tables)])
     return int(np.abs(_TABLES - luma).sum(axis=1).argmin()) + 1
+
+
+class Frame(NamedTuple):
+    """The frame header of a JPEG. ``process`` is its marker: 0xC0 baseline, 0xC1 extended, 0xC2 progressive …"""
+
+    process: int
+    bits: int
+    height: int
+    width: int
+    components: int
+
+
+def read_frame(data: bytes) -> Frame | None:
+    """The first frame header, or None where the segments before it are broken."""
+    for marker, start, end in _segments(data):
+        if marker in _SOF:
+            return Frame(marker, *_FRAME_HEADER.unpack_from(data, start)) if end - start >= _FRAME_HEADER.size else None
+        if marker == _SOS:
+            break
+    return None
+
+
+def count_scans(data: bytes) -> int:
+    """The scans of the picture, up to its end marker or the first damage."""
+    return sum(marker == _SOS for marker, _, _ in _segments(data))
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, first byte after the length, end) of each segment; those of what is embedded in one are not entered."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:
+            position += 1
+            continue
+        if marker == _EOI:
+            return
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        yield marker, position + 4, end
+        if marker == _SOS:
+            found = _MARKER_AFTER_SCAN.search(data, end)
+            end = found.start() if found else len(data)
+        position = end

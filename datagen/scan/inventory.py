@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datagen.dataset import INVENTORY, DatasetError, read_json
+from datagen.dataset import INVENTORY, INVENTORY_FOLDER, DatasetError, read_json, write_json
 from datagen.picture.quality import WHOLE_PICTURE_MEASURES
 from infra.storage import Store
 
@@ -54,6 +54,14 @@ INVENTORY_SCHEMA = pa.schema(
     ]
 )
 
+# What of a row shows the picture, or was said about it: it goes when a picture is taken down.
+REMEMBERING = ("grey_thumb", "thumbnail", "caption", "fields")
+
+
+def forget(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a picture that was taken down."""
+    return {**row, **dict.fromkeys(REMEMBERING)}
+
 
 def read_manifest(store: Store) -> dict[str, Any]:
     """``{"schema_version", "parts": [{"key", "rows", "sha256", "batch"}], "guard_parts": […], "inputs", …}``.
@@ -66,6 +74,14 @@ def read_manifest(store: Store) -> dict[str, Any]:
         found = "an inventory of another version" if manifest else "no inventory"
         raise DatasetError(f"{store.uri}: {found}; `python -m datagen scan` makes it")
     return manifest
+
+
+def write_manifest(store: Store, manifest: dict[str, Any]) -> None:
+    """Say which parts count, and take away all others."""
+    write_json(store, INVENTORY, manifest)
+    wanted = {part["key"] for part in [*manifest["parts"], *manifest["guard_parts"]]}
+    for key in [entry.key for entry in store.list(f"{INVENTORY_FOLDER}/") if entry.key not in wanted]:
+        store.delete(key)
 
 
 def read_inventory(store: Store, columns: Sequence[str], *, guard: bool = False) -> pa.Table:

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from infra.storage.contract import (
     Entry,
     NotFoundError,
     StorageError,
+    Store,
     check_key,
     check_prefix,
     is_unpublished,
@@ -96,6 +98,30 @@ class LocalStore:
             _require_file(path)
             path.unlink()
 
+    def sweep(self, prefix: str = "", older_than: float = 24 * 3600.0) -> tuple[str, ...]:
+        """Remove what killed writers left below the folder ``prefix``: ``.tmp-*`` files not written to for so long.
+
+        Only for stores that this project writes. ``older_than`` is in seconds; nothing tells from another host whether
+        a writer lives, but one that lives has written within a day, and would fail loudly, not publish a part. Ages
+        are measured by the file system's own clock, so hosts whose clocks differ do no harm.
+
+        Returns:
+            the paths removed, relative to the store.
+        """
+        check_prefix(prefix, self.uri)
+        removed = []
+        with self._explained(prefix, writing=True):
+            for folder, _, names in os.walk(Path(self.uri, prefix)):  # Does not follow symbolic links to folders.
+                leftovers = [Path(folder, name) for name in names if name.startswith(UNPUBLISHED)]
+                now = _clock_of(Path(folder)) if leftovers else 0.0
+                for path in leftovers:
+                    with contextlib.suppress(FileNotFoundError):
+                        status = path.lstat()
+                        if stat.S_ISREG(status.st_mode) and now - status.st_mtime > older_than:
+                            path.unlink()
+                            removed.append(path.relative_to(self.uri).as_posix())
+        return tuple(sorted(removed))
+
     def _path(self, key: str) -> Path:
         check_key(key, self.uri)
         if "//" in key:
@@ -114,6 +140,15 @@ class LocalStore:
             if isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 raise NotFoundError(f"{self.uri}/{key}: no such file") from None
             raise StorageError(f"{self.uri}/{key}: {error}") from error
+
+
+def sweep(store: Store, prefix: str = "") -> tuple[str, ...]:
+    """``LocalStore.sweep`` where the store is a folder; a bucket shows nothing unfinished, so there is nothing to do.
+
+    Parts of uploads that were broken off are no objects, but are paid for: a lifecycle rule of the bucket
+    (AbortIncompleteMultipartUpload) removes them, and cannot mistake another host's upload for a dead one.
+    """
+    return store.sweep(prefix) if isinstance(store, LocalStore) else ()
 
 
 def _walk(directory: Path, relative: str, start: str, above: frozenset[tuple[int, int]]) -> Iterator[Entry]:
@@ -156,6 +191,12 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return entry.is_dir()
     except OSError:  # a symbolic link that leads to itself
         return False
+
+
+def _clock_of(folder: Path) -> float:
+    """Seconds since the epoch by the clock of the file system that holds ``folder``."""
+    with tempfile.NamedTemporaryFile(prefix=UNPUBLISHED, dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def _require_file(path: Path) -> os.stat_result:

@@ -27,7 +27,7 @@ def test_a_dumped_configuration_reads_back_the_same(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("select.min_laplacian=3", "did you mean 'min_laplacian_variance'"),
-        ("select.leak_radius=8", "select.leak_radius"),
+        ("select.leak_radius=13", "select.leak_radius"),
         ("source=[{uri: a, name: x}, {uri: b, name: x}]", "two sources are named 'x'"),
         ("source=[{uri: a, name: a.b}]", "name"),
     ],
@@ -42,3 +42,9 @@ def test_relative_folders_hold_from_the_current_directory(tmp_path: Path, monkey
     assert absolute("pictures") == str(tmp_path / "pictures")
     assert absolute("s3://bucket/prefix/") == "s3://bucket/prefix"
     assert absolute("embedded:pictures") == "embedded:pictures"
+
+
+def test_the_configuration_for_millions_is_valid() -> None:
+    path = Path(__file__).parents[2] / "configs" / "datagen" / "million_ird.yaml"
+    config = load_config(DatagenConfig, path, ["source=s3://bucket/raw"])
+    assert config.tiles.size == 512 and config.pack.bytes_per_shard

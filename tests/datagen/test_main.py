@@ -15,7 +15,7 @@ def test_verify_needs_only_the_output(built: Path, capsys: pytest.CaptureFixture
 def test_a_damaged_dataset_exits_1_with_the_repair(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copied / "shards" / "ird-000000.tar").write_bytes(b"")
     assert main(["verify", f"out={copied}"]) == 1
-    assert "python -m datagen pack --config" in capsys.readouterr().err
+    assert "python -m datagen pack --shard ird-000000.tar --config" in capsys.readouterr().err
 
 
 def test_the_repair_repairs(ray_cluster: None, copied: Path) -> None:

@@ -24,7 +24,7 @@ def test_an_untouched_dataset_holds_and_the_table_says_so(built: Path) -> None:
     checks = verify(open_store(built))
     assert not any(check.faults for check in checks)
     text = table(checks)
-    assert text.count("ok  ") == len(checks) == 6
+    assert text.count("ok  ") == len(checks) == 7
     assert "23 inputs = 12 kept + 9 rejected + 2 failed" in text
 
 
@@ -32,7 +32,7 @@ def test_one_flipped_bit_names_the_shard_and_the_command_that_repairs_it(copied:
     flip_byte(copied / "shards" / "ird-000001.tar", 3000)
     (fault,) = faults(copied)
     assert "shards/ird-000001.tar: damaged" in fault
-    assert f"python -m datagen pack --config {copied}/curation/config.yaml" in fault
+    assert f"python -m datagen pack --shard ird-000001.tar --config {copied}/curation/config.yaml" in fault
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from infra.cluster import ClusterError, connect, launch_directory, map_tasks
+from infra.cluster import ClusterError, connect, launch_directory, map_tasks, node_memory
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,16 @@ def die_once(marker: Path) -> str:
 
 def die(_: int) -> None:
     os._exit(1)
+
+
+def die_at_odd(number: int) -> int:
+    if number % 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def memory(_: int) -> int:
+    return node_memory()
 
 
 def test_a_local_cluster_has_the_cores_asked_for_and_pins_threads(resources: dict[str, float]) -> None:
@@ -73,6 +84,27 @@ def test_a_task_that_always_kills_its_worker_is_given_up(resources: dict[str, fl
         list(map_tasks(die, [0], retries=1))
 
 
+def test_what_on_death_gives_is_run_instead(resources: dict[str, float]) -> None:
+    told = []
+
+    def step_aside(number: int, why: str) -> list[int]:
+        told.append((number, why))
+        return [number - 1, number + 1] if number == 5 else []
+
+    assert sorted(map_tasks(die_at_odd, [2, 5, 7, 8], retries=0, on_death=step_aside)) == [2, 4, 6, 8]
+    assert sorted(number for number, _ in told) == [5, 7]
+    assert all("died unexpectedly" in why for _, why in told)
+
+
+def test_every_task_has_its_tries_to_itself(resources: dict[str, float], tmp_path: Path) -> None:
+    markers = [tmp_path / name for name in "abc"]
+    assert sorted(map_tasks(die_once, markers, retries=1)) == ["a", "b", "c"]
+
+
+def test_a_node_tells_the_memory_that_ray_offers(resources: dict[str, float]) -> None:
+    assert list(map_tasks(memory, [0])) == [int(resources["memory"])]
+
+
 def test_a_connection_that_is_there_is_used_and_left_open(resources: dict[str, float]) -> None:
     with connect(num_cpus=7) as found:
         assert found["CPU"] == 2
@@ -101,6 +133,54 @@ def test_ray_address_is_joined_and_not_shut_down(resources: dict[str, float]) ->
     )
     assert done.stdout.strip() == "2.0 [0, 1, 4] {('1', '1')}", done.stderr
     assert list(map_tasks(square, [5])) == [25]
+
+
+LOST_NODE = """
+import os, pathlib, sys, threading, time
+import ray
+from ray.cluster_utils import Cluster
+from infra.cluster import map_tasks
+
+size = {"object_store_memory": 80 * 1024**2}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **size})
+doomed = cluster.add_node(num_cpus=1, **size)
+ray.init(address=cluster.address, log_to_driver=False)
+cluster.wait_for_nodes()
+started = pathlib.Path(sys.argv[1])
+
+def task(number):
+    here = ray.get_runtime_context().get_node_id()
+    (started / here).touch()
+    # Until the doomed node has a task, both wait; then its task never ends by itself.
+    while not (started / doomed_id).exists():
+        time.sleep(0.05)
+    while here == doomed_id:
+        time.sleep(0.05)
+    return number
+
+doomed_id = doomed.node_id
+def lose():
+    while not (started / doomed_id).exists():
+        time.sleep(0.05)
+    cluster.remove_node(doomed, allow_graceful=False)
+threading.Thread(target=lose).start()
+print(sorted(map_tasks(task, range(3), retries=0)), flush=True)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_a_lost_node_costs_no_tries(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", LOST_NODE, str(tmp_path)],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert "[0, 1, 2]" in done.stdout, done.stderr
 
 
 def test_no_token_is_left_in_the_home_folder(tmp_path: Path) -> None:

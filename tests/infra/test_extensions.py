@@ -6,8 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from infra.extensions import extension_state
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,7 +24,6 @@ from infra.extensions import NAME, prepare_extensions
 prepare_extensions(progress=lambda text: print(text, flush=True))
 print("loaded", NAME in OpBuilder._loaded_ops, flush=True)
 """
-STATE = "import json; from infra.extensions import extension_state; print(json.dumps(extension_state()))"
 HOLD = """
 import sys, time
 from torch.utils.file_baton import FileBaton
@@ -45,6 +47,11 @@ def finish(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=1500)
     assert process.returncode == 0, output
     return output
+
+
+def state_of(extensions: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
+    return {name: value for name, value in extension_state().items() if name in ("built", "lock", "builders", "stale")}
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +82,15 @@ def test_a_planted_stale_lock_is_removed_and_named(first_build: tuple[Path, list
     assert sum(f"removed {lock}" in output for output in outputs) == 1
 
 
-def test_a_living_holder_is_waited_for_and_a_killed_one_is_not(first_build: tuple[Path, list[str]]) -> None:
+def test_a_living_holder_is_waited_for_and_a_killed_one_is_not(
+    first_build: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     extensions, _ = first_build
     holder = start(extensions, HOLD, str(extensions / "deepspeed_shm_comm" / "lock"))
     assert holder.stdout is not None
     assert holder.stdout.readline().strip() == "True"
-    assert f'"builders": [{holder.pid}], "stale": false' in finish(start(extensions, STATE))
+    state = state_of(extensions, monkeypatch)
+    assert state["builders"] == [holder.pid] and not state["stale"]
 
     waiting = start(extensions, PREPARE)
     assert waiting.stdout is not None
@@ -97,12 +107,15 @@ def test_a_living_holder_is_waited_for_and_a_killed_one_is_not(first_build: tupl
     assert "loaded True" in output
 
 
-def test_state_tells_a_stale_lock_from_none(first_build: tuple[Path, list[str]]) -> None:
+def test_state_tells_a_stale_lock_from_none(
+    first_build: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     extensions, _ = first_build
-    assert '"built": true, "lock": false, "builders": [], "stale": false' in finish(start(extensions, STATE))
+    none = {"built": True, "lock": False, "builders": [], "stale": False}
+    assert state_of(extensions, monkeypatch) == none
     lock = extensions / "deepspeed_shm_comm" / "lock"
     lock.touch()
     try:
-        assert '"lock": true, "builders": [], "stale": true' in finish(start(extensions, STATE))
+        assert state_of(extensions, monkeypatch) == none | {"lock": True, "stale": True}
     finally:
         lock.unlink()

@@ -148,7 +148,7 @@ def test_an_object_replaced_during_its_download_is_never_mixed(
 ) -> None:
     old, new = b"a" * (3 * PART), b"b" * (3 * PART)
     store.write("key", old)
-    proxy.inject("slow", skip=1, times=2, seconds=0.5)
+    proxy.inject("slow", skip=1, times=2, seconds=0.9)
     first_part_read = threading.Event()
 
     def replace() -> None:

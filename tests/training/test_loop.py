@@ -24,31 +24,39 @@ from training.cotraining import variants_of_step
 from training.data.loader import make_loader
 from training.data.plan import StreamState
 from training.data.shards import ShardReader
+from training.entry import run_from_command_line
 from training.export import load_export
 from training.models import build_model
 from training.optimization import MovingAverage, learning_rate, make_optimizer, set_learning_rate
-from training.pretrain import PretrainConfig
+from training.pretrain import PretrainConfig, pretrain
 
 CONFIG = REPOSITORY / "configs/training/pretrain_demo.yaml"
 SMALL = ["model.dim=8", "data.patch=16", "data.batch=4", "data.crops_per_sample=2", "steps=6", "log_every=2"]
 QUIET = ["tracking.enabled=false"]
+STEADY = ["schedule.kind=constant", "checkpoint_every=2", "log_every=1", "steps=10"]
 
 
 def overrides(dataset: Path, out: Path, *more: str) -> list[str]:
     return [*SMALL, *QUIET, f"data.dataset={dataset}", f"out={out}", *more]
 
 
-def command(settings: list[str], ranks: int, module: str = "training.pretrain") -> list[str]:
+def command(settings: list[str], ranks: int) -> list[str]:
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    launch = [deepspeed, "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module", module]
-    return [*launch, "--config", str(CONFIG), *settings]
+    launch = [deepspeed, "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    return [*launch, "--module", "training.pretrain", "--config", str(CONFIG), *settings]
 
 
-def launch(settings: list[str], ranks: int = 1, module: str = "training.pretrain") -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(settings, ranks, module), cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run(arguments, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def launch(settings: list[str], ranks: int) -> subprocess.CompletedProcess[str]:
+    return run(command(settings, ranks))
+
+
+def without_launcher(settings: list[str]) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-m", "training.pretrain", "--config", str(CONFIG), *settings])
 
 
 def start(settings: list[str], log: Path, until: Path) -> subprocess.Popen[bytes]:
@@ -134,25 +142,33 @@ def test_two_ranks_equal_plain_torch(small_dataset: Path, tmp_path: Path, more: 
     assert metadata["dataset_id"] == ShardReader(str(small_dataset)).dataset_id
 
 
+@pytest.fixture(scope="module")
+def whole(small_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder and the settings of a run that nothing disturbed. For reading only."""
+    out = tmp_path_factory.mktemp("whole")
+    settings = overrides(small_dataset, out, *STEADY)
+    done = launch(settings, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, settings
+
+
 @pytest.mark.slow
-def test_killed_at_any_moment_and_run_again_gives_the_same_weights(small_dataset: Path, tmp_path: Path) -> None:
-    steady = ["schedule.kind=constant", "checkpoint_every=2", "log_every=1", "steps=10"]
-    whole = overrides(small_dataset, tmp_path / "whole", *steady)
-    assert launch(whole, ranks=2).returncode == 0
-    settings = overrides(small_dataset, tmp_path / "killed", *steady)
-    process = start(settings, tmp_path / "log", until=tmp_path / "killed" / "checkpoints" / "latest")
+def test_killed_at_any_moment_and_run_again_gives_the_same_weights(
+    whole: tuple[Path, list[str]], small_dataset: Path, tmp_path: Path
+) -> None:
+    killed = tmp_path / "killed"
+    settings = overrides(small_dataset, killed, *STEADY)
+    process = start(settings, tmp_path / "log", until=killed / "checkpoints" / "latest")
     for member in list(session_processes(process.pid)):
         member.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "killed" / "finished.json").exists()
+    assert not (killed / "finished.json").exists()
     again = launch(settings, ranks=2)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resuming at step" in again.stdout
-    assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "killed")) == 0
-    a, b = (load_export(tmp_path / name / "export")[0].state_dict() for name in ("whole", "killed"))
+    assert largest_difference(weights(whole[0]), weights(killed)) == 0
+    a, b = (load_export(out / "export")[0].state_dict() for out in (whole[0], killed))
     assert largest_difference(a, b) == 0
-    third = launch(settings, ranks=2)
-    assert third.returncode == 0 and "already finished" in third.stdout
 
 
 @pytest.mark.slow
@@ -169,7 +185,7 @@ def test_sigterm_saves_and_ends_with_75_and_another_world_size_goes_on(small_dat
     stopped_at = saved[1]["step"]
     assert 0 < stopped_at < 400 and saved[1]["loader"]["samples_consumed"] == stopped_at * 2
     settings[settings.index("steps=400")] = f"steps={stopped_at + 2}"
-    shorter = launch(settings, ranks=1)
+    shorter = without_launcher(settings)
     assert shorter.returncode == 0, shorter.stdout + shorter.stderr
     assert f"resuming at step {stopped_at}" in shorter.stdout
 
@@ -200,26 +216,33 @@ def test_ranks_do_not_outlive_a_killed_launcher(small_dataset: Path, tmp_path: P
         (["recipe=dynet_pretrian"], "dynet_pretrain"),
     ],
 )
-def test_bad_configuration_is_refused_before_any_work(tmp_path: Path, more: list[str], expected: str) -> None:
+def test_bad_configuration_is_refused_before_any_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    expected: str,
+) -> None:
     arguments = ["--config", str(CONFIG), *overrides(tmp_path / "dataset", tmp_path / "out", *more)]
-    result = subprocess.run(
-        [sys.executable, "-m", "training.pretrain", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 2 and expected in result.stderr and "Traceback" not in result.stderr
+    monkeypatch.setattr(sys, "argv", ["pretrain", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_from_command_line("training.pretrain", None, PretrainConfig, pretrain)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and expected in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_another_run_is_refused(small_dataset: Path, tmp_path: Path) -> None:
-    arguments = [sys.executable, "-m", "training.pretrain", "--config", str(CONFIG)]
-    first = overrides(small_dataset, tmp_path / "out", "steps=2")
-    subprocess.run([*arguments, *first], cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
-    other = subprocess.run(
-        [*arguments, *first, "optimizer.lr=0.5"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
+@pytest.mark.slow
+def test_a_folder_with_another_run_is_refused(whole: tuple[Path, list[str]]) -> None:
+    out, settings = whole
+    other = without_launcher([*settings, "optimizer.lr=0.5"])
     assert other.returncode == 2 and "another configuration (changed: optimizer" in other.stderr
-    history = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert [point["step"] for point in history] == [2] and history[0]["loss"] > 0
+    assert "Traceback" not in other.stderr
+    history = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in history] == list(range(1, 11)) and history[0]["loss"] > 0
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_done_again(whole: tuple[Path, list[str]]) -> None:
+    again = without_launcher(whole[1])
+    assert again.returncode == 0 and "already finished" in again.stdout

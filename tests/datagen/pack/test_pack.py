@@ -12,7 +12,7 @@ from PIL import Image
 from datagen.build import build
 from datagen.config import DatagenConfig
 from datagen.dataset import DatasetError, read_dataset_json, read_samples
-from datagen.pack.pack import pack, plan_shards
+from datagen.pack.pack import pack, repair_shard
 from datagen.picture.decode import decode, read_header
 from datagen.source.embedded import corpus_files
 from infra.storage import open_store
@@ -37,7 +37,10 @@ def test_members_are_the_pixels_of_their_sources(built: Path) -> None:
         pixels, _ = decode(data, read_header(data, 10**8))
         crop = pixels[row["y"] : row["y"] + row["height"], row["x"] : row["x"] + row["width"]]
         member = store.read_range(f"shards/{row['shard']}", row["offset"], row["size"])
-        np.testing.assert_array_equal(decode(member, read_header(member, 10**8))[0], crop)
+        held = decode(member, read_header(member, 10**8))[0]
+        # Where chroma is subsampled, a decoder interpolates it at the very edge from what the tile no longer has.
+        inner = np.s_[1:-1, 1:-1] if row["member"].endswith(".jpg") else np.s_[:, :]
+        np.testing.assert_array_equal(held[inner], crop[inner])
 
 
 def test_whole_jpegs_are_stored_byte_for_byte(
@@ -64,30 +67,21 @@ def test_tar_headers_carry_no_clock_user_or_host(built: Path) -> None:
         assert headers == {(0, 0, 0, "", "", 0o644)}
 
 
-def test_shards_are_even_shuffled_and_keep_a_pictures_tiles_together(
-    built: Path, make_config: Callable[..., DatagenConfig]
-) -> None:
-    store = open_store(built)
-    plans = plan_shards(make_config(built), store)
-    sizes = [len(plan.samples) for plan in plans]
-    assert max(sizes) <= 16 and max(sizes) - min(sizes) <= 1
-    sources = [[sample.source for sample in plan.samples] for plan in plans]
-    assert sorted(sources[0]) != sources[0]
-    split = [source for source in set().union(*sources) if sum(source in shard for shard in sources) > 1]
-    assert len(split) <= len(plans) - 1
-    other = plan_shards(make_config(built, ["seed=1"]), store)
-    assert {s.key for p in plans for s in p.samples} == {s.key for p in other for s in p.samples}
-    assert [s.key for p in plans for s in p.samples] != [s.key for p in other for s in p.samples]
-
-
 def test_only_the_damaged_shard_is_packed_again(
     ray_cluster: None, copied: Path, make_config: Callable[..., DatagenConfig]
 ) -> None:
-    before = shard_bytes(copied)
+    before, store, config = shard_bytes(copied), open_store(copied), make_config(copied)
     victim = copied / "shards" / "ird-000001.tar"
     victim.write_bytes(victim.read_bytes()[:5000])
-    assert pack(make_config(copied), open_store(copied))["work"]["shards"] == 1
+    assert pack(config, store)["work"]["shards"] == 1
     assert shard_bytes(copied) == before
+    victim.unlink()
+    repair_shard(config, store, "ird-000001.tar")
+    assert shard_bytes(copied) == before
+    with pytest.raises(DatasetError, match=r"no shard 'x\.tar'; there are ird-000000\.tar to"):
+        repair_shard(config, store, "x.tar")
+    with pytest.raises(DatasetError, match="config or selection changed"):
+        repair_shard(make_config(copied, ["seed=1"]), store, "ird-000001.tar")
 
 
 def test_other_thresholds_replace_the_dataset_without_leftovers(
@@ -109,3 +103,16 @@ def test_a_source_that_changed_since_the_scan_stops_the_packing(
     store.delete("shards/ird-000000.tar")
     with pytest.raises(DatasetError, match=r"camera\.png: changed since it was scanned"):
         pack(config, store)
+
+
+def test_tiles_of_a_jpeg_are_jpegs_unless_png_is_asked_for(
+    ray_cluster: None, tmp_path: Path, make_config: Callable[..., DatagenConfig]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "china.jpg").write_bytes(corpus_files("pictures")["china.jpg"])
+    settings = [f"source={tmp_path / 'in'}", "leak_guard=[]"]
+    jpeg = read_dataset_json(build(make_config(tmp_path / "jpeg", settings)))
+    png = read_dataset_json(build(make_config(tmp_path / "png", [*settings, "pack.crop=png"])))
+    assert set(jpeg["format"]["members"]) == {"jpg"} and "DCT" in jpeg["format"]["why"]
+    assert set(png["format"]["members"]) == {"png"} and "pack.crop=png" in png["format"]["why"]
+    assert jpeg["totals"]["bytes"] * 2 < png["totals"]["bytes"]

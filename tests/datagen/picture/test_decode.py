@@ -7,6 +7,7 @@ from PIL import Image, ImageCms
 
 from datagen.picture.decode import PictureError, decode, read_header
 from datagen.source.embedded import corpus_files
+from tests.support.bad_pictures import display_p3_profile, linear_profile
 
 MAX_PIXELS = 10**7
 
@@ -50,7 +51,7 @@ def test_jpeg_header_tells_quality_and_subsampling(photo: Image.Image) -> None:
     [
         ("L", ("grey_to_rgb",)),
         ("P", ("palette_to_rgb",)),
-        ("LA", ("opaque_alpha_dropped",)),
+        ("LA", ("opaque_alpha_dropped", "grey_to_rgb")),
         ("RGBA", ("opaque_alpha_dropped",)),
     ],
 )
@@ -81,7 +82,7 @@ def test_sixteen_bit_colour_is_reduced_and_says_so(photo: Image.Image) -> None:
     assert conversions == ("16bit_to_8bit",)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(2, 9))
 def test_exif_orientation_is_applied(photo: Image.Image, format: str, orientation: int) -> None:
     turn = {
@@ -107,6 +108,37 @@ def test_foreign_profile_is_converted_and_srgb_left_alone(photo: Image.Image) ->
     np.testing.assert_array_equal(pixels, np.asarray(photo))
     assert conversions == ()
     assert decoded(corpus_files("pictures")["rocket.jpg"])[1] == ("icc_to_srgb",)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_a_profile_is_judged_by_what_it_does_and_not_by_its_name(photo: Image.Image, format: str) -> None:
+    grey = photo.convert("L")
+    profile = linear_profile("sRGB IEC61966-2.1")
+    pixels, conversions = decoded(encode(grey, format, icc_profile=profile))
+    assert conversions == ("grey_to_rgb", "icc_to_srgb")
+    stored = decoded(encode(grey, format))[0].astype(float) / 255
+    srgb = np.where(stored <= 0.0031308, 12.92 * stored, 1.055 * stored ** (1 / 2.4) - 0.055)
+    np.testing.assert_allclose(pixels, srgb * 255, atol=1.5)
+
+
+def test_display_p3_red_leaves_srgb_and_grey_stays(photo: Image.Image) -> None:
+    """SMPTE EG 432-1: the red of Display P3 is beyond that of sRGB; its white and its curve are the same."""
+    colours = Image.fromarray(np.array([[[200, 0, 0], [100, 100, 100], [180, 120, 90]]], np.uint8).repeat(40, 0))
+    pixels, _ = decoded(encode(colours, "PNG", icc_profile=display_p3_profile()))
+    red, grey, skin = pixels[0].astype(int)
+    assert red[0] > 210 and red[1] == red[2] == 0
+    np.testing.assert_allclose(grey, 100, atol=1)
+    # By the matrices of the two spaces: linear P3 to XYZ to linear sRGB.
+    np.testing.assert_allclose(skin, [190, 117, 84], atol=2)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_profiled_jpeg_has_the_pixels_of_one_without(photo: Image.Image, mode: str) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = decoded(encode(photo.convert(mode), "JPEG"))
+    profiled = decoded(encode(photo.convert(mode), "JPEG", icc_profile=srgb))
+    np.testing.assert_array_equal(profiled[0], plain[0])
+    assert profiled[1] == plain[1]
 
 
 def test_transparent_picture_is_refused(photo: Image.Image) -> None:
@@ -142,8 +174,8 @@ def test_empty_file_fails() -> None:
     assert refusal(b"").reason == "empty"
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9, 0.99, 0.9999])
 def test_truncated_file_fails(photo: Image.Image, format: str, share: float) -> None:
     data = encode(photo, format)
     error = refusal(data[: int(len(data) * share)])
