@@ -1,7 +1,7 @@
 """What the search for near duplicates costs: time, memory, pairs, and the share of planted copies that it finds.
 
 ``python benchmarks/datagen_neighbours.py`` takes 100 thousand, one and two million pictures (about six minutes of one
-core), ``--large`` also ten million (half an hour more, 3 GB), ``--sizes N …`` any. Hashes are those of blends: a mix of
+core), ``--large`` also ten million (ten minutes more, 3 GB), ``--sizes N …`` any. Hashes are those of blends: a mix of
 three photographs' crops has the mix of their DCT coefficients, so that hashes crowd as those of photographs do and
 are not random bits. The photographs are those under ``--pictures DIR`` or else under IRD_REAL_DATA. The alternatives,
 run on a sample of the queries and scaled to all, are all against all, and the four bands of 16 bits, probed with

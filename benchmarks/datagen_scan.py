@@ -174,6 +174,13 @@ def report(times: dict[str, list[float]]) -> None:
     ):
         ratios = [a / b for a, b in zip(times[above], times[below])]
         print(f"{name:46}{statistics.median(ratios):8.2f}{min(ratios):8.2f}{max(ratios):8.2f}")
+    extra = zip(times["NIQE"], times["sha256 of the pixels"])
+    equal = [full - score - pixels for full, (score, pixels) in zip(times["full pass"], extra)]
+    for name, ratios in (
+        ("without NIQE and pixel hash / bare decode", [a / b for a, b in zip(equal, times["bare decode"])]),
+        ("naive pass, which has neither, / that", [a / b for a, b in zip(times["naive pass"], equal)]),
+    ):
+        print(f"{name:46}{statistics.median(ratios):8.2f}{min(ratios):8.2f}{max(ratios):8.2f}")
     print("\nimg2dataset's path is written out here; the package itself was not run.")
 
 

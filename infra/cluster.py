@@ -30,6 +30,9 @@ _POLL_SECONDS = 0.2
 # One for the life of the process: Ray reads it once.
 _TOKEN = secrets.token_hex(32)
 
+# A machine that is busy with something else misses Ray's limit of 30 s once in a while.
+_STARTS = 3
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -64,14 +67,23 @@ def connect(num_cpus: int | None = None) -> Iterator[dict[str, float]]:
         # Local workers inherit the environment, which starts them seconds sooner than a runtime_env does.
         surroundings = dict.fromkeys(_THREAD_COUNTS, "1") | _own_token()
     with _environment(surroundings):
-        try:
-            ray.init(**options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ClusterError(f"RAY_ADDRESS={address or 'local'}: no Ray cluster to work on ({error})") from error
+        _join_or_start(options, address)
         try:
             yield ray.cluster_resources()
         finally:
             ray.shutdown()
+
+
+def _join_or_start(options: dict[str, Any], address: str | None) -> None:
+    for attempt in range(1 if address else _STARTS):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray has no type of its own for a node that does not come up within 30 s.
+            ray.shutdown()
+            if attempt == (0 if address else _STARTS - 1):
+                where = f"RAY_ADDRESS={address}" if address else "this machine"
+                raise ClusterError(f"{where}: no Ray cluster to work on ({error})") from error
 
 
 def _own_token() -> dict[str, str]:
@@ -177,7 +189,7 @@ def _after_death(
     """What is to be run after a task ended without a result or an exception of its own."""
     starved = isinstance(error, ray.exceptions.OutOfMemoryError)
     if not isinstance(error, (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, *_LOST)):
-        raise ClusterError(f"Ray could not run a task: {error}") from None
+        raise ClusterError(f"Ray could not run a task ({error}); the same command goes on from here") from None
     # Where memory ran out the other tasks, or another program, must end first.
     start = time.monotonic() + (2.0 ** (task.forgiven + 1) if starved else 0.0)
     if task.forgiven < FORGIVEN and (starved or isinstance(error, _LOST)):

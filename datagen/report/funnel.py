@@ -102,9 +102,9 @@ def fate_by_size(config: DatagenConfig) -> list[tuple[str, str]]:
     fates.append(
         (
             f"longer side {tiles.whole_below} pixels or more",
-            f"cut into squares of {tiles.size} pixels side by side around the middle{most}; blurred or flat squares "
-            f"are left out (tiles.min_laplacian_variance {tiles.min_laplacian_variance:g}, tiles.max_flat_fraction "
-            f"{tiles.max_flat_fraction:g}){small}",
+            f"cut into squares of {tiles.size} pixels that overlap by {tiles.max_overlap:.0%} at most{most}; blurred "
+            f"or flat ones are left out (tiles.min_laplacian_variance {tiles.min_laplacian_variance:g}, "
+            f"tiles.max_flat_fraction {tiles.max_flat_fraction:g}){small}",
         )
     )
     return fates

@@ -31,7 +31,7 @@ MIN_SIDE = 0.75  # The share of each side that a crop keeps, at the least, to be
 # a picture is the smaller window, in which a step is larger.
 _CROP_STEPS, _CONTAINED_STEPS = 8, 10
 _DOUBTFUL = 6
-_CROP_RADIUS = 10  # Hashes have equally many ones, so distances are even.
+_CROP_RADIUS = 8  # Hashes have equally many ones, so distances are even.
 _MIN_CONTRAST = 2.0  # Grey levels: the hash of a flatter window is noise.
 
 _FREQUENCY = np.add.outer(np.arange(8), np.arange(8)).reshape(-1)

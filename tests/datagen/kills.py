@@ -8,6 +8,7 @@ that nobody disturbed, and ``verify`` must find nothing.
 
 import argparse
 import collections
+import contextlib
 import io
 import random
 import signal
@@ -27,8 +28,8 @@ from infra.storage import open_store
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "datagen" / "demo.yaml"
-# Mean seconds between kills; a build of the crowd takes several times as long.
-PAUSE = 1.2
+# Mean seconds between a sight of work and the next kill.
+PAUSE = 0.6
 
 
 def make_crowd(folder: Path, count: int = 60) -> Path:
@@ -83,40 +84,46 @@ def _run(arguments: list[str], out: Path, rng: random.Random, done: collections.
     """Run a build and kill at it; true when it ended well by itself."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(arguments, cwd=ROOT, stdout=log, stderr=log)
-        while True:
-            try:
-                code = process.wait(rng.expovariate(1 / PAUSE))
-                log.seek(0)
-                assert code == 0, f"a build failed by itself with {code}:\n{log.read().decode()[-4000:]}"
-                return True
-            except subprocess.TimeoutExpired:
-                pass
-            if done.total() >= kills or not out.exists():
+        while process.poll() is None:
+            busy = _busy_workers(process)
+            # Only tasks at work are worth a kill: the start of Ray is most of a short build.
+            if not busy or done.total() >= kills:
+                time.sleep(0.02)
                 continue
-            victim = rng.choices(["worker", "driver", "cluster"], weights=[10, 3, 2])[0]
-            if _kill(victim, process, rng):
+            time.sleep(rng.expovariate(1 / PAUSE))
+            victim = rng.choices(["worker", "driver", "cluster"], weights=[16, 3, 2])[0]
+            if process.poll() is None and _kill(victim, process, rng):
                 done[f"{victim} in {_phase(out)}"] += 1
                 if victim != "worker":
                     process.wait()
                     return False
+        log.seek(0)
+        assert process.returncode == 0, f"a build failed by itself:\n{log.read().decode()[-4000:]}"
+        return True
 
 
 def _kill(victim: str, process: subprocess.Popen[bytes], rng: random.Random) -> bool:
-    if victim == "driver":
-        process.kill()
-        return True
-    family = psutil.Process(process.pid).children(recursive=True)
-    if victim == "cluster":
-        targets = [psutil.Process(process.pid), *family]
-    else:
-        busy = [child for child in family if _title(child).startswith("ray::") and "IDLE" not in _title(child)]
+    """Kill a victim of that kind; false when there was none any more."""
+    driver = psutil.Process(process.pid)
+    if victim == "worker":
+        busy = _busy_workers(process)
         targets = rng.sample(busy, min(1, len(busy)))
+    else:
+        targets = [driver, *(driver.children(recursive=True) if victim == "cluster" else [])]
     for target in targets:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             target.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
     return bool(targets)
+
+
+def _busy_workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    # Not the agents of the node, whose end is the end of the node.
+    idle = ("IDLE", "Agent")
+    return [child for child in family if "ray::" in _title(child) and not any(name in _title(child) for name in idle)]
 
 
 def _title(process: psutil.Process) -> str:

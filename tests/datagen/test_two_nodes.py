@@ -38,6 +38,7 @@ class Cluster:
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         mine = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
         # Only what any node of a cluster has: no working directory of ours, and the way to the bucket.
+        mine["PATH"] = f"{Path(sys.executable).parent}:{mine['PATH']}"
         self.environment = {**mine, **environment, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
         self._folder = folder
         self.port, self._dashboard = free_port(), free_port()
@@ -76,8 +77,7 @@ class Cluster:
         build = ["python", "-m", "datagen", "build", "--config", str(DEMO.relative_to(ROOT)), *settings]
         command = [RAY, "job", "submit", "--address", self.address, "--working-dir", ".", "--", *build]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        return subprocess.Popen(command, cwd=ROOT, env={**self.environment, "PATH": path}, **pipes)  # type: ignore[call-overload]
+        return subprocess.Popen(command, cwd=ROOT, env=self.environment, **pipes)  # type: ignore[call-overload]
 
     def kill(self, node: int) -> None:
         """Kill a node and all its processes at once."""

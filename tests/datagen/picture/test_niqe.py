@@ -41,7 +41,9 @@ def compressed(picture: np.ndarray, quality: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("degrade", "levels"), [(blurred, (1, 2, 4)), (noisy, (10, 25, 50)), (compressed, (30, 10))], ids=lambda v: str(v)
+    ("degrade", "levels"),
+    [(blurred, (1, 2, 4)), (noisy, (10, 25, 50)), (compressed, (30, 10))],
+    ids=["blur", "noise", "jpeg"],
 )
 def test_score_rises_with_every_degradation(photographs: list[np.ndarray], degrade, levels) -> None:  # type: ignore[no-untyped-def]
     model = load_model()

@@ -174,5 +174,5 @@ def test_wrong_arguments_are_refused() -> None:
         near_pairs_among(rows, -1)
     with pytest.raises(ValueError, match=r"uint64 \[N, 8\], got int64 \[4, 8\]"):
         near_pairs_among(rows.astype(np.int64), 3)
-    with pytest.raises(ValueError, match=r"base must be uint64 \[M\], got uint64 \[4, 8\]"):
+    with pytest.raises(ValueError, match=r"base must be uint64 \[M\] with M < 2\^32, got uint64 \[4, 8\]"):
         near_pairs(rows, rows, 3)
