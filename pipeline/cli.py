@@ -73,7 +73,7 @@ def demo(
     epilog="Example:\n\n`ird datagen build --config configs/datagen/demo.yaml out=runs/dataset`",
 )
 def datagen(context: typer.Context) -> None:
-    """Curate and shard a corpus: scan, select, pack, verify, build (the same as `python -m datagen`)."""
+    """Curate and shard a corpus; without arguments it lists its commands (the same as `python -m datagen`)."""
     from datagen.__main__ import main as datagen_main
 
     raise typer.Exit(datagen_main(context.args))

@@ -85,15 +85,15 @@ def _run(arguments: list[str], out: Path, rng: random.Random, done: collections.
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(arguments, cwd=ROOT, stdout=log, stderr=log)
         while process.poll() is None:
-            busy = _busy_workers(process)
-            # Only tasks at work are worth a kill: the start of Ray is most of a short build.
-            if not busy or done.total() >= kills:
+            # Only tasks at work are worth a kill: the start of Ray is most of a short build. Half fall in each step.
+            task = "scan_piece" if done.total() < kills / 2 else "pack_shard"
+            if done.total() >= kills or not _workers(process, task):
                 time.sleep(0.02)
                 continue
             time.sleep(rng.expovariate(1 / PAUSE))
             victim = rng.choices(["worker", "driver", "cluster"], weights=[16, 3, 2])[0]
-            if process.poll() is None and _kill(victim, process, rng):
-                done[f"{victim} in {_phase(out)}"] += 1
+            if process.poll() is None and _kill(victim, process, task, rng):
+                done[f"{victim} in {task}"] += 1
                 if victim != "worker":
                     process.wait()
                     return False
@@ -102,11 +102,11 @@ def _run(arguments: list[str], out: Path, rng: random.Random, done: collections.
         return True
 
 
-def _kill(victim: str, process: subprocess.Popen[bytes], rng: random.Random) -> bool:
+def _kill(victim: str, process: subprocess.Popen[bytes], task: str, rng: random.Random) -> bool:
     """Kill a victim of that kind; false when there was none any more."""
     driver = psutil.Process(process.pid)
     if victim == "worker":
-        busy = _busy_workers(process)
+        busy = _workers(process, task)
         targets = rng.sample(busy, min(1, len(busy)))
     else:
         targets = [driver, *(driver.children(recursive=True) if victim == "cluster" else [])]
@@ -116,14 +116,13 @@ def _kill(victim: str, process: subprocess.Popen[bytes], rng: random.Random) -> 
     return bool(targets)
 
 
-def _busy_workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def _workers(process: subprocess.Popen[bytes], task: str) -> list[psutil.Process]:
+    """Those at work on a task of that name."""
     try:
         family = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-    # Not the agents of the node, whose end is the end of the node.
-    idle = ("IDLE", "Agent")
-    return [child for child in family if "ray::" in _title(child) and not any(name in _title(child) for name in idle)]
+    return [child for child in family if f"ray::{task}" in _title(child)]
 
 
 def _title(process: psutil.Process) -> str:
@@ -131,14 +130,6 @@ def _title(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
-
-
-def _phase(out: Path) -> str:
-    if (out / "dataset.json").exists():
-        return "verify"
-    if (out / "shards").exists():
-        return "pack"
-    return "scan" if (out / "curation" / "inventory").exists() else "start"
 
 
 def main() -> None:
