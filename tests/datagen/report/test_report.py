@@ -215,7 +215,10 @@ def test_nothing_of_a_picture_taken_down_is_shown(tmp_path: Path, judged: bool) 
     store = store_with(tmp_path, inventory, judged=judged)
     # gravel.png is what gravel_mirrored.png repeats; retina.jpg is rejected for its own sake.
     names = ("gravel.png", "retina.jpg")
-    pictures = [{"sha256": gone[name], "source": f"source-0/{name}", "note": "please"} for name in names]
+    pictures = [
+        {"sha256": gone[name], "source": f"source-0/{name}", "note": "please", "dealt": name == "gravel.png"}
+        for name in names
+    ]
     write_json(store, REMOVED, {"pictures": pictures})
     for _ in range(2):
         text = report_of(store)
