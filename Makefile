@@ -25,7 +25,7 @@ demo: venv
 
 test: venv
 	@bash infra/install_test_tools.sh
-	@OMP_NUM_THREADS=1 python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 python -m pytest --numprocesses=2 $(ARGS)
 
 lint: venv
 	ruff check .
