@@ -175,9 +175,14 @@ def read_json(store: Store, key: str) -> dict[str, Any]:
     return json.loads(store.read(key)) if store.exists(key) else {}
 
 
+def read_take_downs(store: Store) -> list[dict[str, Any]]:
+    """The pictures taken down, each with ``sha256``, ``source``, ``note`` and whether its tiles were ``dealt``."""
+    return list(read_json(store, REMOVED).get("pictures", []))
+
+
 def read_removed(store: Store) -> frozenset[str]:
     """sha256 of every picture file that was taken down."""
-    return frozenset(picture["sha256"] for picture in read_json(store, REMOVED).get("pictures", []))
+    return frozenset(picture["sha256"] for picture in read_take_downs(store))
 
 
 def write_json(store: Store, key: str, value: dict[str, Any]) -> None:

@@ -16,14 +16,14 @@ from datagen.dataset import (
     SELECTION,
     DatasetError,
     canonical_json,
-    read_json,
     read_removed,
     read_table,
+    read_take_downs,
     write_json,
     write_table,
 )
 from datagen.scan.inventory import INVENTORY_SCHEMA, REMEMBERING, forget, read_manifest, read_part, write_manifest
-from datagen.trace import find_pictures
+from datagen.trace import find_pictures, read_names
 from infra.storage import Store
 
 
@@ -43,8 +43,9 @@ def take_down(store: Store, targets: Sequence[str], note: str) -> list[str]:
         DatasetError: a target is not a picture of this corpus; then nothing was changed.
     """
     sources: dict[str, str] = {}
+    inventory = read_names(store)
     for target in targets:
-        found = find_pictures(store, target)
+        found = find_pictures(inventory, target)
         if not found.num_rows:
             raise DatasetError(f"{store.uri}: {target!r} is no picture of this corpus; nothing was taken down")
         sources |= dict(zip(found.column("source").to_pylist(), found.column("sha256").to_pylist()))
@@ -52,7 +53,7 @@ def take_down(store: Store, targets: Sequence[str], note: str) -> list[str]:
         unread = [source for source, sha256 in sources.items() if sha256 is None]
         raise DatasetError(f"{store.uri}: {unread[0]} was never read, so no sample holds it; nothing was taken down")
     copies, dealt = _as_judged(store, list(sources))
-    listed = {picture["source"]: picture for picture in read_json(store, REMOVED).get("pictures", [])}
+    listed = {picture["source"]: picture for picture in read_take_downs(store)}
     for source, sha256 in {**sources, **copies}.items():
         # Whether its tiles were dealt to shards must outlive its thumbnails, from which that was judged.
         entry = {"sha256": sha256, "source": source, "note": note, "dealt": source in dealt}

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from datagen.dataset import SELECTION, read_dataset_json, read_samples, read_table
+from datagen.dataset import DATASET, SELECTION, read_dataset_json, read_samples, read_table
 from datagen.picture.decode import PictureError, decode, read_header
 from datagen.picture.perceptual_hash import grey_thumb, hashes
 from datagen.picture.quality import luma
@@ -24,14 +24,19 @@ _COLUMNS = ["source", "root", "key", "sha256", "pixel_sha256", "licence", "batch
 _NEAR = 6
 
 
-def find_pictures(store: Store, target: str) -> pa.Table:
-    """Inventory rows, some columns, of the pictures that ``target`` names exactly.
+def read_names(store: Store) -> pa.Table:
+    """By what pictures of the inventory can be named: the columns that :func:`find_pictures` looks in."""
+    return read_inventory(store, _COLUMNS)
+
+
+def find_pictures(inventory: pa.Table, target: str) -> pa.Table:
+    """The rows of the pictures that ``target`` names exactly.
 
     Args:
+        inventory: from :func:`read_names`.
         target: a uri or path, a source name (``source-0/a.jpg``), the sha256 of a file or of its pixels, a sample key,
             or the path of a local file, which is found by its content under whatever name.
     """
-    inventory = read_inventory(store, _COLUMNS)
     if _SHA256.fullmatch(target):
         names = ("sha256", "pixel_sha256")
         return inventory.filter(
@@ -55,8 +60,9 @@ def trace(store: Store, targets: Sequence[str]) -> tuple[str, bool]:
     """
     lines: list[str] = []
     everything = True
+    inventory = read_names(store)
     for target in targets:
-        found = find_pictures(store, target)
+        found = find_pictures(inventory, target)
         described = _describe(store, found)
         if not found.num_rows:
             described = [f"  like {near}" for near in _near(store, target)]
@@ -71,7 +77,7 @@ def _describe(store: Store, found: pa.Table) -> list[str]:
     verdicts = _by_source(read_table(store, SELECTION), found) if store.exists(SELECTION) else {}
     samples: dict[str, list[dict[str, Any]]] = {}
     dataset = ""
-    if store.exists("dataset.json"):
+    if store.exists(DATASET):
         dataset = read_dataset_json(store)["id"]
         held = read_samples(store)
         for row in held.filter(pc.is_in(held.column("source"), found.column("source"))).to_pylist():

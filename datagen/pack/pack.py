@@ -15,7 +15,6 @@ from datagen.config import DatagenConfig, absolute, name_of
 from datagen.dataset import (
     DATASET,
     PACK_FOLDER,
-    REMOVED,
     SAMPLES,
     SAMPLES_SCHEMA,
     SELECTION,
@@ -28,6 +27,7 @@ from datagen.dataset import (
     read_json,
     read_shards,
     read_table,
+    read_take_downs,
     shard_key,
     write_json,
     write_table,
@@ -153,7 +153,7 @@ def _publish(config: DatagenConfig, store: Store, plan: Plan, identity: str, sha
             for i, source in enumerate(config.source)
         },
         "leak_guard": [absolute(source.uri) for source in config.leak_guard],
-        "removed": [picture["sha256"] for picture in read_json(store, REMOVED).get("pictures", [])],
+        "removed": [picture["sha256"] for picture in read_take_downs(store)],
         "config": settings,
         "code_version": code_version(),
         "files": files,

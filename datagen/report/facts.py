@@ -6,7 +6,16 @@ from typing import Any
 import yaml
 
 from datagen.config import DatagenConfig, name_of
-from datagen.dataset import CONFIG, DATASET, REMOVED, SELECTION, SUMMARY, read_json, read_shards, sha256_of_object
+from datagen.dataset import (
+    CONFIG,
+    DATASET,
+    SELECTION,
+    SUMMARY,
+    read_json,
+    read_shards,
+    read_take_downs,
+    sha256_of_object,
+)
 from datagen.report.corpus import Corpus, read_corpus
 from datagen.report.words import plural, size
 from infra.config import load_config
@@ -72,6 +81,6 @@ def read_facts(store: Store) -> Facts:
         corpus=corpus,
         shards=read_shards(store).to_pylist() if dataset else [],
         places={**places, **{name: source["uri"] for name, source in dataset.get("sources", {}).items()}},
-        removed=len(read_json(store, REMOVED).get("pictures", [])),
+        removed=len(read_take_downs(store)),
         problems=problems,
     )

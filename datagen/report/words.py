@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from datagen.progress import spoken
+
 
 class Measure(NamedTuple):
     """How a measure is shown. ``log``: its axis is logarithmic; ``whole``: its values are whole numbers."""
@@ -121,14 +123,7 @@ def plural(number: int, word: str) -> str:
 
 def duration(seconds: float) -> str:
     """``0.8 s``, ``8 s``, ``2 min 13 s``, ``1 h 04 min``."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
+    return f"{seconds:.1f} s" if seconds < 9.95 else spoken(seconds)
 
 
 def size(number: float) -> str:

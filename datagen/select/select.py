@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from datagen.config import DatagenConfig
-from datagen.dataset import REMOVED, SELECTION, read_json
+from datagen.dataset import SELECTION, read_take_downs
 from datagen.progress import Progress
 from datagen.scan.inventory import INVENTORY_SCHEMA, read_inventory, read_manifest, read_part, read_rows
 from datagen.select.duplicates import Candidates, Copies, exact_copies, from_the_best_down, hash_keys, near_copies
@@ -118,13 +118,14 @@ def judge(config: DatagenConfig, store: Store) -> Iterator[pa.Table]:
     Raises:
         DatasetError, ConfigError: see :func:`select`.
     """
-    facts = _read_facts(config, store)
+    taken_down = read_take_downs(store)
+    facts = _read_facts(config, store, taken_down)
     matches = pa.concat_tables(
         [_MATCHES_SCHEMA.empty_table(), *_reject_leaks(facts, config, store), *_reject_copies(facts, config, store)]
     ).sort_by("row")
     reasons, values = facts.reason, facts.value
     del facts  # The candidates and their hashes, most of the memory, have done their work.
-    removed = {picture["sha256"]: picture.get("note") for picture in read_json(store, REMOVED).get("pictures", [])}
+    removed = {picture["sha256"]: picture.get("note") for picture in taken_down}
     rows = matches.column("row").to_numpy()
     start = 0
     for part in read_parts(store, ["source", "sha256", "batch", "verdict", "reason", "error", *TILE_COLUMNS]):
@@ -159,10 +160,9 @@ def read_parts(store: Store, columns: Sequence[str]) -> Iterator[pa.Table]:
         yield pa.schema([INVENTORY_SCHEMA.field(name) for name in columns]).empty_table()
 
 
-def _read_facts(config: DatagenConfig, store: Store) -> _Facts:
+def _read_facts(config: DatagenConfig, store: Store, taken_down: list[dict[str, Any]]) -> _Facts:
     gates = bounds(config.select)
     columns = ["source", "verdict", "batch", "sha256", "pixel_sha256", "phash", "center_phash"]
-    taken_down = read_json(store, REMOVED).get("pictures", [])
     digests = pa.array([picture["sha256"] for picture in taken_down], pa.string())
     kept_before = pa.array([picture["source"] for picture in taken_down if picture["dealt"]], pa.string())
     facts: dict[str, list[np.ndarray]] = collections.defaultdict(list)

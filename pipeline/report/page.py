@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 
+from datagen.progress import spoken
+from datagen.report.page import breakable
 from infra.files import write_atomically
 from pipeline.report import curves
 from pipeline.report.curation import curation
@@ -47,7 +47,7 @@ def write_report(root: Path, path: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": duration, "gib": gib, "mb": megabytes, "db": decibels, "breakable": breakable}
+    environment.filters |= {"duration": spoken, "gib": gib, "mb": megabytes, "db": decibels, "breakable": breakable}
     script, style = ((TEMPLATES / name).read_text() for name in ("report.js", "report.css"))
     page = environment.get_template("report.html").render(
         script=script,
@@ -68,16 +68,6 @@ def write_report(root: Path, path: Path) -> Path:
     return path
 
 
-def duration(seconds: float) -> str:
-    """Seconds in the units a person would say: 8 s, 2 min 13 s, 1 h 04 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def gib(memory: int) -> str:
     """Bytes in GiB."""
     return f"{memory / GIB:.2f} GiB"
@@ -86,11 +76,6 @@ def gib(memory: int) -> str:
 def megabytes(size: int) -> str:
     """Bytes in MB."""
     return f"{size / 1e6:.1f} MB"
-
-
-def breakable(name: str) -> Markup:
-    """A file name, escaped, that may be broken where a reader would break it."""
-    return Markup(re.sub(r"([_./-])", r"\1<wbr>", str(escape(name))))
 
 
 def _section(build: Callable[[Path], Any], root: Path) -> Section:

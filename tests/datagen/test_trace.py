@@ -6,7 +6,7 @@ from PIL import Image
 
 from datagen.dataset import read_dataset_json, read_samples
 from datagen.source.embedded import corpus_files
-from datagen.trace import find_pictures, trace
+from datagen.trace import find_pictures, read_names, trace
 from infra.storage import open_store
 from tests.datagen.conftest import run_datagen
 
@@ -17,7 +17,7 @@ SHA256 = hashlib.sha256(corpus_files("pictures")["astronaut.png"]).hexdigest()
 @pytest.mark.parametrize("target", [SOURCE, SHA256, "embedded:pictures/astronaut.png"], ids=["source", "sha256", "uri"])
 def test_a_picture_is_found_by_any_of_its_names(built: Path, target: str) -> None:
     store = open_store(built)
-    assert find_pictures(store, target).column("source").to_pylist() == [SOURCE]
+    assert find_pictures(read_names(store), target).column("source").to_pylist() == [SOURCE]
     text, found = trace(store, [target])
     assert found and read_dataset_json(store)["id"] in text
     for row in read_samples(store).to_pylist():
@@ -27,9 +27,9 @@ def test_a_picture_is_found_by_any_of_its_names(built: Path, target: str) -> Non
 def test_a_sample_key_and_the_hash_of_pixels_lead_back(built: Path) -> None:
     store = open_store(built)
     row = read_samples(store).to_pylist()[0]
-    assert row["source"] in find_pictures(store, row["key"]).column("source").to_pylist()
-    pixels = find_pictures(store, SOURCE).column("pixel_sha256").to_pylist()[0]
-    assert find_pictures(store, pixels).column("source").to_pylist() == [SOURCE]
+    assert row["source"] in find_pictures(read_names(store), row["key"]).column("source").to_pylist()
+    pixels = find_pictures(read_names(store), SOURCE).column("pixel_sha256").to_pylist()[0]
+    assert find_pictures(read_names(store), pixels).column("source").to_pylist() == [SOURCE]
 
 
 def test_a_rejected_picture_says_why(built: Path) -> None:
