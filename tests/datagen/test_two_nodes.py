@@ -41,10 +41,13 @@ class Cluster:
         mine["PATH"] = f"{Path(sys.executable).parent}:{mine['PATH']}"
         self.environment = {**mine, **environment, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
         self._folder = folder
+        # Two hosts would not share Ray's folder either, and each node's agent unpacks the job's code there afresh.
+        self._session = Path(f"/tmp/ird-nodes-{os.getpid()}")
+        self._session.mkdir()
         self.port, self._dashboard = free_port(), free_port()
         self.address = f"http://127.0.0.1:{self._dashboard}"
         head = ["--head", f"--port={self.port}", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
-        head += [f"--dashboard-port={self._dashboard}", f"--temp-dir=/tmp/ird-nodes-{os.getpid()}"]
+        head += [f"--dashboard-port={self._dashboard}", f"--temp-dir={self._session}"]
         self.nodes = [self._start("head", head)]
         self._wait_for(f"{self.address}/api/version")
         self.nodes.append(self._start("worker", [f"--address=127.0.0.1:{self.port}"]))
@@ -53,7 +56,8 @@ class Cluster:
         agent = free_port()
         start = [RAY, "start", "--block", "--num-cpus=1", f"--dashboard-agent-listen-port={agent}", *arguments]
         start += ["--object-store-memory=100000000", "--disable-usage-stats"]
-        hide = " && ".join(f"mount -t tmpfs none {shlex.quote(str(ROOT / name))}" for name in HIDDEN)
+        own = [self._session, *(ROOT / name for name in HIDDEN)]
+        hide = " && ".join(f"mount -t tmpfs none {shlex.quote(str(path))}" for path in own)
         home = self._folder / name
         home.mkdir()
         command = ["unshare", "--mount", "bash", "-c", f"{hide} && exec {shlex.join(start)}"]
