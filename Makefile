@@ -23,9 +23,10 @@ venv:
 demo: venv
 	@ird demo $(ARGS)
 
+# Three files at a time, for two cores: many tests wait for other processes or for a disk.
 test: venv
 	@bash infra/install_test_tools.sh
-	@OMP_NUM_THREADS=1 python -m pytest --numprocesses=2 $(ARGS)
+	@OMP_NUM_THREADS=1 python -m pytest --numprocesses=3 $(ARGS)
 
 lint: venv
 	ruff check .

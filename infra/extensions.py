@@ -56,7 +56,8 @@ def prepare_extensions(progress: Progress = print) -> None:
         announcement = threading.Timer(5.0 if _is_built(folder) else 0.0, progress, [message])
         announcement.start()
         try:
-            builder.load(verbose=False)
+            with _own_programs_first():
+                builder.load(verbose=False)
         except (RuntimeError, ImportError, OSError) as error:
             raise ExtensionError(
                 f"{NAME} could not be built in {folder}: {error}\n"
@@ -110,6 +111,24 @@ def _builder() -> Any:
         return None
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     return builder if builder is not None and builder.is_compatible(verbose=False) else None
+
+
+@contextlib.contextmanager
+def _own_programs_first() -> Iterator[None]:
+    """Let torch find the ninja of this environment, whatever PATH says.
+
+    Another ninja does not take over this one's log: a call with the environment's bin folder on PATH and one without it
+    would each compile anew what the other has just built.
+    """
+    before = os.environ.get("PATH")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), *([before] if before else [])])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PATH"]
+        else:
+            os.environ["PATH"] = before
 
 
 @contextlib.contextmanager

@@ -145,19 +145,51 @@ def restore(
     raise typer.Exit(code)
 
 
-@app.command(epilog="Examples:\n\n`ird degrade clean.png degraded.png --recipe all_in_one_3 --seed 7`")
+@app.command(
+    epilog="Examples:\n\n`ird degrade clean.png degraded.png --recipe all_in_one_3 --seed 7`\n\n"
+    "`ird degrade photographs/ degraded/ --recipe composite_weather`\n\n"
+    "`ird degrade --replay degraded.png.json clean.png again.png`\n\n"
+    "`ird degrade --gallery gallery.html --source clean.png`",
+)
 def degrade(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A picture.")],
+    source: Annotated[Path | None, typer.Argument(metavar="IN", help="A picture, or a folder of pictures.")] = None,
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Where the degraded picture goes; OUT.json says what was done.")
-    ],
-    recipe: Annotated[str, typer.Option(help="Name in configs/degradations/, or a path.")] = "all_in_one_3",
+        Path | None,
+        typer.Argument(metavar="OUT", help="A file name, or a folder; NAME.json beside a result says what was done."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Name in configs/degradations/, or a path; default: all_in_one_3.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Another seed draws other degradations.")] = 0,
+    replay: Annotated[
+        Path | None, typer.Option(metavar="META.json", help="Do to IN what this file says was done before.")
+    ] = None,
+    gallery: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Write a page (.html) or picture (.png, .jpg) of every degradation."),
+    ] = None,
+    shown: Annotated[Path | None, typer.Option("--source", help="With --gallery: the picture to show.")] = None,
 ) -> None:
-    """Degrade a picture by a recipe, and write down what was done so that it can be replayed."""
-    from pipeline.degrade import degrade_file
+    """Degrade pictures by a recipe, and write down what was done so that it can be replayed."""
+    from infra.config import ConfigError
 
-    degrade_file(source, out, recipe, seed)
+    if gallery is not None and (source is not None or replay is not None):
+        raise ConfigError("--gallery takes no IN, no OUT and no --replay; name a picture with --source")
+    if gallery is None and shown is not None:
+        raise ConfigError("--source goes with --gallery; otherwise give the picture as IN")
+    if gallery is None and (source is None or out is None):
+        raise ConfigError("give IN and OUT, or --gallery OUT; see `ird degrade --help`")
+    if replay is not None and recipe is not None:
+        raise ConfigError("--replay needs no --recipe: what is done stands in its file")
+    from pipeline import degrade as work
+
+    if gallery is not None:
+        work.gallery(gallery, shown, recipe)
+    elif source is not None and out is not None:
+        if replay is not None:
+            work.replay_file(replay, source, out)
+        else:
+            raise typer.Exit(work.degrade_files(source, out, recipe or work.DEFAULT_RECIPE, seed))
 
 
 @app.command(epilog="Example:\n\n`ird models --size 224`")

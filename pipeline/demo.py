@@ -288,7 +288,7 @@ def _restore(config: DemoConfig, pictures: Path, show: Callable[[str], None], fo
 
     ``comparison.png`` shows them side by side: degraded, small, large, clean.
     """
-    from training.data.loader import decode
+    from datagen.picture.region import decode_whole
     from training.evaluate import write_picture
 
     noisy = folder / "degraded"
@@ -307,7 +307,7 @@ def _restore(config: DemoConfig, pictures: Path, show: Callable[[str], None], fo
     for picture in sorted(noisy.iterdir()):
         shown = [noisy / picture.name, folder / "small" / picture.name, folder / "large" / picture.name]
         shown.append(pictures / task / picture.stem / "clean.png")
-        rows.append(np.hstack([decode(path.read_bytes()) for path in shown]))
+        rows.append(np.hstack([decode_whole(path.read_bytes()) for path in shown]))
     narrowest = min(row.shape[1] for row in rows)
     write_picture(folder / "comparison.png", np.vstack([row for row in rows if row.shape[1] == narrowest]))
     return {"task": task, "peak_memory": memory, "comparison": str(folder / "comparison.png")}

@@ -16,14 +16,22 @@ Rate = Annotated[float, Field(gt=0)]
 class DataConfig(Config):
     """Which shards are read, and how patches are cut from them."""
 
-    dataset: str  # URI of a folder that holds dataset.json
+    dataset: str  # URI of a folder or prefix: with dataset.json, or plain WebDataset tars from elsewhere
     patch: Positive = 128  # side of a clean patch, pixels
     batch: Positive = 32  # patches in the global batch, over all ranks
     crops_per_sample: Positive = 1  # patches cut from one decoded sample; they share its decode
+    crop: Literal["uniform", "detail"] = "uniform"  # detail: fewer patches from regions that are flat
+    depth: bool = False  # read <key>.depth.png where a sample has one; haze then follows it
     workers: NotNegative = 0  # loader processes a rank
     window: Positive = 16  # shards that are shuffled together; bounds the open shards
-    cache: str = ""  # folder for shards fetched from a remote store; empty: a temporary one
+    # Of a remote store, whole shards through the cache (one node, or several epochs that fit it), or one ranged read
+    # a sample (many nodes: each would fetch every shard otherwise). auto: shard.
+    fetch: Literal["auto", "shard", "sample"] = "auto"
+    cache: str = ""  # folder for the index and shards of a remote store; empty: a temporary one
     cache_gib: Annotated[float, Field(gt=0)] = 50.0  # least recently used shards beyond this are deleted
+    on_damage: Literal["stop", "skip"] = "stop"  # skip: another sample stands in, and the loss is counted
+    degrade_on: Literal["worker", "device"] = "worker"  # device: a GPU that has time to spare
+    channels_last: bool = False  # memory layout of what the network gets; faster for convolutions on a GPU
 
 
 class OptimizerConfig(Config):

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -50,6 +51,7 @@ def join() -> Ranks:
     from deepspeed.accelerator import get_accelerator
 
     deepspeed.init_distributed(timeout=datetime.timedelta(minutes=10), verbose=False)
+    _unlink_shared_buffer()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
@@ -60,6 +62,16 @@ def join() -> Ranks:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _unlink_shared_buffer() -> None:
+    """Take away the name of this rank's buffer in shared memory, 66 MiB that DeepSpeed's op for CPU never frees.
+
+    What is mapped stays until the last rank that maps it ends, however it ends; the name alone would outlive it.
+    """
+    dist.barrier()
+    rendezvous = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{rendezvous}").unlink(missing_ok=True)
 
 
 class StopRequest:

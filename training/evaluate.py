@@ -16,13 +16,13 @@ from pydantic import Field
 from datagen.degradations import degrade, load_recipe
 from datagen.degradations.kernels import gaussian_kernel
 from datagen.degradations.resample import imresize
+from datagen.picture.region import decode_whole
 from infra.config import Config, ConfigError
 from infra.files import publish_atomically, write_atomically
 from infra.launcher import MARKER, PROGRESS
 from infra.tracking import Tracker, TrackingConfig
 from training.adaptation import adapt, enlarge, shrink_blurred
 from training.config import Positive
-from training.data.loader import decode
 from training.entry import run_from_command_line
 from training.export import load_export
 from training.metrics import compare, to_uint8
@@ -134,7 +134,7 @@ def read_pictures(folder: Path, crop: int) -> dict[str, torch.Tensor]:
     pictures = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}:
-            picture = decode(path.read_bytes())
+            picture = decode_whole(path.read_bytes())
             height, width = (min(side, crop) // 12 * 12 for side in picture.shape[:2])
             top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
             pictures[path.stem] = to_batch(picture[top : top + height, left : left + width])

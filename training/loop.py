@@ -17,7 +17,10 @@ from infra.launcher import MARKER, PROGRESS, read_marker
 from infra.tracking import Tracker
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import StageConfig
-from training.data.loader import Corruption, make_loader, samples_per_batch
+from training.corruption import Corruption
+from training.data.handover import handover
+from training.data.loader import make_loader, samples_per_batch
+from training.data.lost import LostSamples
 from training.data.plan import StreamState
 from training.data.shards import ShardReader
 from training.distributed import PREEMPTED, Ranks, StopRequest, join, mean_over_ranks
@@ -31,13 +34,14 @@ Objective = Callable[[Any, dict[str, Any], int], tuple[torch.Tensor, dict[str, t
 
 # Changing these in the middle of a run does not change what it computes.
 _FREE_TO_CHANGE = {"out", "log_every", "checkpoint_every", "keep_checkpoints", "tracking"}
+_FREE_TO_CHANGE |= {f"data.{key}" for key in ("dataset", "workers", "fetch", "cache", "cache_gib", "on_damage")}
 
 
 def run_stage(
     stage: str,
     config: StageConfig,
     objective: Objective,
-    corrupt: Corruption,
+    corrupt: Corruption | None,
     export_facts: Mapping[str, Any] | None = None,
 ) -> int:
     """Train ``config.steps`` steps, resuming from ``config.out`` if it holds checkpoints; return an exit code.
@@ -64,7 +68,8 @@ def run_stage(
     ranks = join()
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    reader = ShardReader(config.data.dataset, config.data.cache, config.data.cache_gib)
+    data = config.data
+    reader = ShardReader(data.dataset, data.cache, data.cache_gib, data.fetch, on_damage=data.on_damage)
     model = build_model(config.model)
     if config.init_from:
         start_model, _, _ = load_export(Path(config.init_from))
@@ -74,7 +79,7 @@ def run_stage(
     engine = _engine(model, config, ranks)
     average = MovingAverage(engine.module, config.ema_decay) if config.ema_decay else None
     state = StreamState(reader.dataset_id, config.seed, 0)
-    first_step = 0
+    first_step = samples_lost = 0
     if saved is not None:
         checkpoint, manifest = saved
         _refuse_other_config(out, manifest["config"], config)
@@ -83,7 +88,7 @@ def run_stage(
         if average is not None:
             average.load_state_dict(checkpoint["average"])
         state = StreamState(**manifest["loader"])
-        first_step = manifest["step"]
+        first_step, samples_lost = manifest["step"], manifest["samples_lost"]
     tracker = Tracker(config.tracking, stage, out, is_main=ranks.is_main)
     if ranks.is_main:
         _say(
@@ -107,25 +112,36 @@ def run_stage(
         "dataset_id": reader.dataset_id,
     }
 
-    def checkpoint_at(step: int, consumed: int) -> None:
+    lost = LostSamples(out, ranks.rank, samples_lost)
+
+    def checkpoint_at(step: int, consumed: int) -> int:
+        """Save; return the samples lost so far."""
+        # A collective, so that only a run that may lose samples pays for it.
+        total = lost.total(ranks.device) if data.on_damage == "skip" else samples_lost
         if ranks.is_main:
             parts = {"model": engine.module.state_dict(), "optimizer": engine.optimizer.state_dict()}
             parts |= {"average": average.state_dict()} if average is not None else {}
             loader_state = {"dataset_id": reader.dataset_id, "seed": config.seed, "samples_consumed": consumed}
             save_checkpoint(
-                out / "checkpoints", step, parts, {**facts, "loader": loader_state}, config.keep_checkpoints
+                out / "checkpoints",
+                step,
+                parts,
+                {**facts, "loader": loader_state, "samples_lost": total},
+                config.keep_checkpoints,
             )
+        return total
 
     loader = make_loader(
         reader,
-        config.data,
+        data,
         state=state,
         steps=config.steps,
         corrupt=corrupt,
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    per_step = samples_per_batch(config.data, ranks.world_size)
+    take = handover(ranks.device, corrupt=corrupt, seed=config.seed, channels_last=data.channels_last)
+    per_step = samples_per_batch(data, ranks.world_size)
     stop = StopRequest()
     meter = _Meter(stage, config, first_step)
     batches = iter(loader)
@@ -133,10 +149,11 @@ def run_stage(
     for step in range(first_step, config.steps):
         waited_from = time.perf_counter()
         batch = next(batches)
-        tensors = {k: v.to(ranks.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
         meter.waited(time.perf_counter() - waited_from)
+        lost.add(batch["lost"])
+        batch = take(batch)
         set_learning_rate(engine.optimizer, learning_rate(step, config.steps, config.optimizer.lr, config.schedule))
-        loss, metrics = objective(engine, tensors, step)
+        loss, metrics = objective(engine, batch, step)
         engine.backward(loss)
         engine.step()
         if average is not None:
@@ -145,6 +162,8 @@ def run_stage(
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             logged = meter.read(done)
+            if data.on_damage == "skip":
+                logged["samples_lost"] = lost.total(ranks.device)
             if ranks.is_main:
                 _say(meter.line(done, logged))
                 with open(out / "metrics.jsonl", "a") as history:
@@ -153,7 +172,7 @@ def run_stage(
                 tracker.flush()
         stopping = stop.agreed(ranks.device)
         if stopping or done % config.checkpoint_every == 0 or done == config.steps:
-            checkpoint_at(done, done * per_step)
+            samples_lost = checkpoint_at(done, done * per_step)
         if stopping and done < config.steps:
             if ranks.is_main:
                 _say(f"{stage}: stopped by a signal at step {done}, saved; run the same command to go on")
@@ -169,6 +188,7 @@ def run_stage(
         tracker.log_artifact(out / "config.yaml")
         tracker.finish()
         finished = {**facts, "step": config.steps, "export": str(export), "ranks": ranks.world_size}
+        finished["samples_lost"] = samples_lost
         write_atomically(out / MARKER, json.dumps(finished, indent=2).encode())
         _say(f"{stage}: finished after {config.steps} steps; weights in {export}")
     return 0
@@ -219,6 +239,7 @@ class _Meter:
         logged = dict(zip(names, means))
         logged["images_per_second"] = (done - self._last_read) * self._config.data.batch / elapsed
         logged["data_wait_share"] = self._data_wait / elapsed
+        logged["data_wait_ms"] = 1000 * self._data_wait / (done - self._last_read)
         logged["lr"] = learning_rate(done - 1, self._config.steps, self._config.optimizer.lr, self._config.schedule)
         self._sums, self._data_wait, self._window_started, self._last_read = {}, 0.0, now, done
         return logged
@@ -229,12 +250,13 @@ class _Meter:
         left = int(per_step * (self._config.steps - done))
         losses = "  ".join(f"{name} {value:.4f}" for name, value in logged.items() if name.startswith("loss"))
         rates = f"{logged['images_per_second']:.1f} patches/s  data wait {logged['data_wait_share']:.0%}"
+        rates += f"  {logged['samples_lost']} samples lost" if logged.get("samples_lost") else ""
         return f"{self._stage} {done}/{self._config.steps}  {losses}  {rates}  {left // 60}m{left % 60:02d}s left"
 
 
 def _refuse_other_config(out: Path, saved: dict[str, Any], config: StageConfig) -> None:
-    now = config.model_dump(mode="json")
-    changed = sorted(k for k in now if k not in _FREE_TO_CHANGE and saved.get(k) != now[k])
+    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    changed = sorted(key for key in now if not _free(key) and before.get(key) != now[key])
     if changed == ["steps"] and config.schedule.kind != "cosine":
         return  # a longer run of the same thing; a cosine would have another learning rate from its first step
     if changed:
@@ -242,6 +264,18 @@ def _refuse_other_config(out: Path, saved: dict[str, Any], config: StageConfig) 
             f"{out} holds a run of another configuration (changed: {', '.join(changed)}; see {out / 'config.yaml'}). "
             f"Choose another out=, or remove that folder to start anew"
         )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``section.key``."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def _free(key: str) -> bool:
+    return key in _FREE_TO_CHANGE or key.split(".")[0] in _FREE_TO_CHANGE
 
 
 def _size(model: torch.nn.Module) -> str:

@@ -20,7 +20,6 @@ from infra.config import Config
 from training.adaptation import inner_step, shrink_blurred
 from training.config import Positive, Rate, StageConfig
 from training.corruption import shrink
-from training.data.loader import keep_clean
 from training.entry import run_from_command_line
 from training.loop import Objective, run_stage
 
@@ -130,7 +129,7 @@ def train_mzsr(config: MZSRStageConfig) -> int:
     if config.phase == "large_scale":
         objective, corrupt = large_scale_objective(config.scale), partial(shrink, config.scale)
         return run_stage("mzsr_large_scale", config, objective, corrupt, facts)
-    return run_stage("mzsr_meta", config, meta_objective(config), keep_clean, facts)
+    return run_stage("mzsr_meta", config, meta_objective(config), None, facts)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Frame:
-    """What a step may need to know about the picture while its parameters are drawn, in pixels."""
+    """What a step may need to know about the picture while its parameters are drawn: sizes in pixels, and whether it
+    comes with a depth map."""
 
     height: int
     width: int
     output_height: int
     output_width: int
+    depth: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class StepType:
 
     ``seeded``: it draws a random field from a recorded ``seed``. ``needs_clean``: ``apply`` takes the clean image
     as its second argument. ``resolve`` turns drawn values into (name, values) of the step that is recorded and run;
-    without it they are the same.
+    without it they are the same. ``apply_at``: takes the depth map (N, 1, H, W) as its second argument, and runs in
+    place of ``apply`` where the record says ``depth: given``.
     """
 
     apply: Callable[..., Tensor] | None
@@ -39,6 +42,7 @@ class StepType:
     seeded: bool = False
     needs_clean: bool = False
     resolve: Callable[[Values, np.random.Generator, Frame], tuple[str, Values]] | None = None
+    apply_at: Callable[..., Tensor] | None = None
 
     def named(self) -> Mapping[str, Parameter | Option]:
         return {parameter.name: parameter for parameter in self.parameters}
@@ -70,6 +74,13 @@ def _resolve_motion(values: Values, rng: np.random.Generator, frame: Frame) -> t
 
 def _resolve_defocus(values: Values, rng: np.random.Generator, frame: Frame) -> tuple[str, Values]:
     return "defocus_blur", values | {"size": 2 * math.ceil(values["radius"]) + 1}
+
+
+def _resolve_haze(values: Values, rng: np.random.Generator, frame: Frame) -> tuple[str, Values]:
+    if not frame.depth:
+        return "haze", values | {"depth": "procedural"}
+    shared = {name: value for name, value in values.items() if name not in ("horizon", "relief")}
+    return "haze", shared | {"depth": "given"}
 
 
 STEPS: dict[str, StepType] = {
@@ -116,6 +127,8 @@ STEPS: dict[str, StepType] = {
         weather.procedural_haze,
         (weather.BETA, weather.HAZE_AIRLIGHT, weather.NEAR, weather.FAR, weather.HORIZON, weather.RELIEF),
         seeded=True,
+        resolve=_resolve_haze,
+        apply_at=weather.haze_at,
     ),
     "snow": StepType(
         weather.snow,

@@ -68,6 +68,23 @@ def crop_available() -> bool:
     return _library() is not None
 
 
+@functools.cache
+def load_libturbojpeg(symbol: str) -> ctypes.CDLL | None:
+    """The first libturbojpeg of this machine that exports ``symbol``, which tells its version; None without one.
+
+    The system's libraries are asked before the wheel ``turbojpeg``. Every symbol gets an object of its own, so that
+    callers declare the types of their functions without meeting each other's.
+    """
+    for path in _candidates():
+        try:
+            library = ctypes.CDLL(path)
+        except OSError:
+            continue
+        if hasattr(library, symbol):
+            return library
+    return None
+
+
 def jpeg_grid(data: bytes) -> JpegGrid | None:
     """The MCU grid of a JPEG; None where its tiles are not to be cut losslessly.
 
@@ -169,24 +186,19 @@ def _require_intact(data: bytes) -> None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    for path in _candidates():
-        try:
-            library = ctypes.CDLL(path)
-        except OSError:
-            continue
-        if not hasattr(library, "tjGetErrorCode"):  # Before 2.0 metadata cannot be left out, nor warnings be errors.
-            continue
-        library.tjInitTransform.restype = ctypes.c_void_p
-        library.tjInitTransform.argtypes = []
-        library.tjTransform.argtypes = [
-            *(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_int),
-            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
-        ]
-        library.tjFree.argtypes = [ctypes.c_void_p]
-        library.tjFree.restype = None
-        library.tjDestroy.argtypes = [ctypes.c_void_p]
-        return library
-    return None
+    library = load_libturbojpeg("tjGetErrorCode")  # Before 2.0 metadata cannot be left out, nor warnings be errors.
+    if library is None:
+        return None
+    library.tjInitTransform.restype = ctypes.c_void_p
+    library.tjInitTransform.argtypes = []
+    library.tjTransform.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_int),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
+    ]
+    library.tjFree.argtypes = [ctypes.c_void_p]
+    library.tjFree.restype = None
+    library.tjDestroy.argtypes = [ctypes.c_void_p]
+    return library
 
 
 def _candidates() -> Iterator[str]:

@@ -11,9 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, cast
 
-import ray
-
-from infra.cluster import map_tasks
 from infra.storage import Entry, NotFoundError, StorageError, Store
 
 # What can be wrong with a tar or a member, and what to do.
@@ -78,6 +75,11 @@ def index_tars(store: Store, tars: Sequence[Entry], suffixes: tuple[str, ...]) -
     Raises:
         StorageError: the store is away, or refuses a tar. What is in it cannot be known then.
     """
+    # Slow to import, and who reads one tar after another never needs it.
+    import ray
+
+    from infra.cluster import map_tasks
+
     tasks = [
         _Task(store, tuple(tars[start : start + _TARS_PER_TASK]), suffixes)
         for start in range(0, len(tars), _TARS_PER_TASK)

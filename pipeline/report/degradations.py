@@ -1,5 +1,6 @@
 """Section "Degradations": every step, and every chain that the run trained on, on a patch of the run's own dataset."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,11 @@ from datagen.degradations.kernels import mzsr_kernel
 from datagen.degradations.random import generator
 from datagen.degradations.recipe import Chain
 from datagen.degradations.resample import imresize
+from datagen.picture.region import decode_whole
 from pipeline.report.images import Image, image_of_pixels
 from pipeline.report.run import STAGES, TRAININGS
 from training.adaptation import shrink_blurred
 from training.corruption import shrink
-from training.data.loader import decode
 from training.data.shards import ShardReader
 
 PATCH = 128
@@ -81,9 +82,9 @@ def choose_patch(reader: ShardReader) -> tuple[str, Tensor]:
     Grey or flat patches would hide what colour noise, haze and compression do.
     """
     best: tuple[float, str, np.ndarray] | None = None
-    for sample in range(min(_CANDIDATES, reader.samples.num_rows)):
-        _, data = reader.read(sample)
-        picture = decode(data)
+    for sample in range(min(_CANDIDATES, len(reader.index))):
+        found = reader.read(sample, json=True)
+        picture = decode_whole(found.image)
         height, width = picture.shape[:2]
         top, left = max(0, height - PATCH) // 2, max(0, width - PATCH) // 2
         patch = picture[top : top + PATCH, left : left + PATCH]
@@ -93,7 +94,7 @@ def choose_patch(reader: ShardReader) -> tuple[str, Tensor]:
         colour = float(np.std(values - values.mean(axis=2, keepdims=True)))
         score = colour * float(np.std(values.mean(axis=2)))
         if best is None or score > best[0]:
-            best = (score, reader.samples["source"][sample].as_py(), patch)
+            best = (score, json.loads(found.json)["source"], patch)
     if best is None:
         raise ValueError(f"no sample of {PATCH}x{PATCH} pixels or more")
     _, source, patch = best
@@ -155,7 +156,7 @@ def _trained(root: Path, stage: str, clean: Tensor) -> Trained | None:
         pictures = [(f"task {n}", shrink_blurred(batch[:1], kernel, scale)) for n, kernel in enumerate(kernels, 1)]
         note = f"a random Gaussian blur a task, then one pixel of {scale}×{scale}"
     else:
-        low, _ = shrink(scale, batch[:1], seed, 0, [stage])
+        low = shrink(scale, batch[:1], seed=seed, epoch=[0], keys=[stage], draw=[0])[0].float() / 255
         pictures = [("input", low), ("bicubic, to be beaten", imresize(low, scale))]
         note = f"bicubic, 1/{scale}, rounded to 8 bits"
     images = [(caption, _image(one[0], f"{label}: {caption}")) for caption, one in pictures]

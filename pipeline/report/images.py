@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from training.data.loader import decode
+from datagen.picture.region import decode_whole
 
 MAX_SIDE = 192
 _QUALITY = 90
@@ -43,7 +43,7 @@ def image_of_file(path: Path, alt: str) -> Image:
         OSError: it cannot be read.
         ValueError: it is no picture.
     """
-    return image_of_pixels(decode(path.read_bytes()), alt)
+    return image_of_pixels(decode_whole(path.read_bytes()), alt)
 
 
 def image_of_jpeg(data: bytes, alt: str) -> Image:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from datagen.build import build
 from datagen.config import DatagenConfig
 from datagen.source.embedded import corpus_files
 from infra.cluster import connect
@@ -50,18 +49,15 @@ def make_config() -> Callable[..., DatagenConfig]:
 
 
 @pytest.fixture(scope="session")
-def built(
-    ray_cluster: None, make_config: Callable[..., DatagenConfig], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def built(small_dataset: Path) -> Path:
     """The demo corpus, built once on two workers. Read only: `copied` is for tests that change it."""
-    out = tmp_path_factory.mktemp("built") / "dataset"
-    build(make_config(out))
-    return out
+    return small_dataset
 
 
 @pytest.fixture
 def copied(built: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(built, tmp_path / "dataset"))
+    # What another process is just writing there is not yet part of it.
+    return Path(shutil.copytree(built, tmp_path / "dataset", ignore=shutil.ignore_patterns(".tmp-*")))
 
 
 @pytest.fixture

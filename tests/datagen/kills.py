@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "datagen" / "demo.yaml"
 # Mean seconds between a sight of work and the next kill.
 PAUSE = 0.6
+# In turn, so that a short soak has all of them; each but a worker costs a start of Ray.
+VICTIMS = ("worker", "worker", "worker", "driver", "worker", "worker", "worker", "cluster")
 
 
 def make_crowd(folder: Path, count: int = 60) -> Path:
@@ -43,12 +45,16 @@ def make_crowd(folder: Path, count: int = 60) -> Path:
     return folder
 
 
-def command(crowd: Path, out: Path) -> list[str]:
-    """A build of the crowd in many small tasks."""
-    settings = [f"source={crowd}", f"out={out}", "leak_guard=[]", "num_cpus=2", "scan.pictures_per_piece=2"]
+def settings(crowd: Path, out: Path) -> list[str]:
+    """Of a build of the crowd in many small tasks."""
+    many = [f"source={crowd}", f"out={out}", "leak_guard=[]", "num_cpus=2", "scan.pictures_per_piece=2"]
     # Enlarged photographs are smooth; what is kept matters less here than that it is the same.
-    settings += ["select.min_laplacian_variance=1.0", "tiles.min_laplacian_variance=1.0", "pack.samples_per_shard=6"]
-    return [sys.executable, "-m", "datagen", "build", "--config", str(DEMO), *settings]
+    return [*many, "select.min_laplacian_variance=1.0", "tiles.min_laplacian_variance=1.0", "pack.samples_per_shard=6"]
+
+
+def command(crowd: Path, out: Path) -> list[str]:
+    """The build, as one types it."""
+    return [sys.executable, "-m", "datagen", "build", "--config", str(DEMO), *settings(crowd, out)]
 
 
 def contents(out: Path) -> dict[str, bytes | str]:
@@ -88,10 +94,10 @@ def _run(arguments: list[str], out: Path, rng: random.Random, done: collections.
             # Only tasks at work are worth a kill: the start of Ray is most of a short build. Half fall in each step.
             task = "scan_piece" if done.total() < kills / 2 else "pack_shard"
             if done.total() >= kills or not _workers(process, task):
-                time.sleep(0.02)
+                time.sleep(0.1)
                 continue
             time.sleep(rng.expovariate(1 / PAUSE))
-            victim = rng.choices(["worker", "driver", "cluster"], weights=[16, 3, 2])[0]
+            victim = VICTIMS[done.total() % len(VICTIMS)]
             if process.poll() is None and _kill(victim, process, task, rng):
                 done[f"{victim} in {task}"] += 1
                 if victim != "worker":

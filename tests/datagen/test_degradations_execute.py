@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from skimage import data
 
 from datagen.degradations import degrade, load_recipe, plan, replay
+from datagen.degradations.execute import _in_groups
 from datagen.degradations.recipe import RECIPES, Recipe
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -55,6 +57,100 @@ def test_every_recipe_runs_keeps_the_range_and_replays_from_json(name: str) -> N
     assert torch.equal(replay(CLEAN[3], stored[3]), degraded[3])
     if recipe.scale == 1:
         assert all(not torch.equal(a, b) for a, b in zip(degraded, CLEAN, strict=True))
+
+
+@pytest.mark.parametrize("size", [(37, 41), (32, 50)])
+def test_odd_sizes_are_the_same_bits_in_any_batch(size: tuple[int, int]) -> None:
+    """Vectorised functions may round by the place in memory; what is in the batch beside it must not matter."""
+    recipe = load_recipe("all_in_one_5")
+    clean = CLEAN[:, :, : size[0], : size[1]]
+    whole, metas = degrade(clean, recipe, seed=1, epoch=0, keys=KEYS)
+    assert {meta["chain"] for meta in metas} == {chain.label for chain in recipe.chains}
+    for index, key in enumerate(KEYS):
+        assert torch.equal(degrade(clean[index, None], recipe, seed=1, epoch=0, keys=[key])[0][0], whole[index])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_of_a_device_do_what_samples_alone_do(name: str) -> None:
+    """The path that a GPU takes, on the CPU; rounding to 8 bits may fall to either side, and JPEG may amplify that."""
+    recipe = load_recipe(name)
+    alone, metas = degrade(CLEAN, recipe, seed=0, epoch=0, keys=KEYS)
+    together = torch.stack(_in_groups([meta["steps"] for meta in metas], list(CLEAN), [None] * COUNT))
+    assert float((together - alone).abs().mean()) < 1e-4
+
+
+def test_a_batch_may_cross_the_end_of_an_epoch() -> None:
+    recipe = load_recipe("all_in_one_3")
+    epochs, draws = [4] * 5 + [5] * 7, [index % 3 for index in range(COUNT)]
+    mixed, metas = degrade(CLEAN, recipe, seed=2, epoch=epochs, keys=KEYS, draw=draws)
+    for index in (0, 4, 5, 11):
+        alone, meta = degrade(
+            CLEAN[index, None], recipe, seed=2, epoch=epochs[index], keys=[KEYS[index]], draw=draws[index]
+        )
+        assert meta == [metas[index]] and torch.equal(alone[0], mixed[index])
+    with pytest.raises(ValueError, match="epoch: 5 values for a batch of 12"):
+        degrade(CLEAN, recipe, seed=2, epoch=epochs[:5], keys=KEYS)
+    with pytest.raises(ValueError, match="draw: 2 values for a batch of 12"):
+        degrade(CLEAN, recipe, seed=2, epoch=0, keys=KEYS, draw=[0, 1])
+
+
+HAZE = {"name": "haze", "beta": 1.2, "airlight": 0.9, "near": 0.2, "far": {"uniform": [1, 2]}}
+RAMP = torch.linspace(0, 1, 96).expand(1, 96, 96)
+
+
+def test_a_given_depth_takes_the_place_of_the_made_up_one() -> None:
+    recipe = recipe_of(HAZE, {"name": "gaussian_noise", "sigma": {"uniform": [5, 50]}}, output="float")
+    maps = [RAMP if index % 2 else None for index in range(COUNT)]
+    hazy, metas = degrade(CLEAN, recipe, seed=0, epoch=0, keys=KEYS, depth=maps)
+    without, others = degrade(CLEAN, recipe, seed=0, epoch=0, keys=KEYS)
+    for index, (meta, other) in enumerate(zip(metas, others, strict=True)):
+        step = meta["steps"][0]
+        assert meta["steps"][1] == other["steps"][1], "a depth map changes nothing that is drawn after it"
+        if index % 2:
+            assert step["depth"] == "given" and not {"seed", "horizon", "relief"} & set(step)
+            t = torch.exp(-1.2 * (0.2 + (step["far"] - 0.2) * RAMP))
+            alone = replay(CLEAN[index], {"steps": [step]}, RAMP)
+            assert torch.allclose(alone, CLEAN[index] * t + 0.9 * (1 - t), atol=1e-6)
+        else:
+            assert step["depth"] == "procedural" and step["seed"] >= 0 and meta == other
+            assert torch.equal(hazy[index], without[index])
+    stored = json.loads(json.dumps(metas))
+    assert torch.equal(replay(CLEAN, stored, maps), hazy)
+    grouped = torch.stack(_in_groups([meta["steps"] for meta in metas], list(CLEAN), maps))
+    assert torch.allclose(grouped, hazy, atol=1e-5)
+    whole, _ = degrade(CLEAN, recipe, seed=0, epoch=0, keys=KEYS, depth=RAMP.expand(COUNT, -1, -1, -1))
+    assert torch.equal(whole[1::2], hazy[1::2])
+    with pytest.raises(ValueError, match=r"meta of 'sample-001' was made with a depth map .*: give it as depth"):
+        replay(CLEAN, stored)
+
+
+def test_a_depth_map_follows_the_picture_through_a_resize() -> None:
+    recipe = recipe_of({"name": "resize", "factor": 0.5}, HAZE | {"far": 1.2}, {"name": "resize_to_output"})
+    hazy, _ = degrade(CLEAN[:1], recipe, seed=0, epoch=0, keys=["k"], depth=RAMP[None])
+    contrast = hazy[0].std(dim=(0, 1))
+    assert contrast[:20].mean() > 1.5 * contrast[-20:].mean()
+
+
+@pytest.mark.parametrize(
+    ("depth", "message"),
+    [
+        (RAMP[None], "1 depth maps for a batch of 12"),
+        ([RAMP * 2] * COUNT, r"a depth map must lie in \[0, 1\], found values from 0 to 2"),
+        ([RAMP.where(RAMP < 0.5, torch.nan)] * COUNT, r"a depth map must lie in \[0, 1\], found values from nan"),
+        ([RAMP[0]] * COUNT, r"float tensor \(1, 96, 96\) with values in \[0, 1\], got torch.float32 \(96, 96\)"),
+        ([RAMP.long()] * COUNT, "got torch.int64"),
+        ([RAMP.numpy()] * COUNT, "got ndarray"),
+    ],
+)
+def test_what_is_no_depth_map_is_refused(depth: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        degrade(CLEAN, load_recipe("all_in_one_3"), seed=0, epoch=0, keys=KEYS, depth=depth)
+
+
+def test_a_meta_of_a_picture_of_another_size_is_refused() -> None:
+    _, metas = degrade(CLEAN, load_recipe("all_in_one_3"), seed=0, epoch=0, keys=KEYS)
+    with pytest.raises(ValueError, match=r"that of a picture of 96x96 pixels \(height x width\), not 96x90"):
+        replay(CLEAN[..., :90], metas)
 
 
 @given(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from datagen.degradations.sensor import gaussian_noise, low_light, poisson_gaussian_noise, quantise, speckle_noise
 
@@ -51,6 +52,66 @@ def test_shot_noise_counts_whole_photons() -> None:
     noisy = poisson_gaussian_noise(flat(0.5), 40.0, SEEDS, clip=False).double()
     counts = noisy * (255 / 40) ** 2
     assert float((counts - counts.round()).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("photons_seen", [0.2, 1.0, 3.0, 12.0])
+def test_shot_noise_in_the_dark_counts_as_poisson_does(photons_seen: float) -> None:
+    """The mean over all pixels is one photon and less; zero, one, two photons are as frequent as they should be."""
+    shot = 40.0
+    photons = (255 / shot) ** 2
+    noisy = poisson_gaussian_noise(flat(photons_seen / photons), shot, SEEDS, clip=False).double()
+    counts = np.bincount((noisy * photons).round().int().flatten().numpy())
+    expected = noisy.numel() * stats.poisson.pmf(np.arange(len(counts)), photons_seen)
+    common = expected > 25
+    chi_square = ((counts - expected)[common] ** 2 / expected[common]).sum()
+    assert stats.chi2.sf(chi_square, common.sum() - 1) > 1e-4
+
+
+def test_read_noise_has_nothing_to_do_with_shot_noise() -> None:
+    shot = poisson_gaussian_noise(flat(0.5), 20.0, SEEDS, clip=False) - 0.5
+    both = poisson_gaussian_noise(flat(0.5), 20.0, SEEDS, read=20.0, clip=False) - 0.5
+    assert abs(np.corrcoef(shot.ravel(), (both - shot).ravel())[0, 1]) < 0.01
+    assert float(255 * (both - shot).std()) == pytest.approx(20, rel=0.015)
+
+
+def test_grey_shot_noise_is_the_same_in_all_channels() -> None:
+    x = torch.tensor([0.2, 0.5, 0.8]).reshape(1, 3, 1, 1).repeat(2, 1, 64, 64)
+    noise = poisson_gaussian_noise(x, 25.0, SEEDS, read=5.0, grey=True, clip=False) - x
+    assert torch.allclose(noise[:, :1].expand_as(noise), noise, atol=1e-6)
+    assert float(255 * noise.std()) == pytest.approx((25**2 * 0.5 + 5**2) ** 0.5, rel=0.05)
+
+
+def test_a_sample_is_the_same_in_any_batch_and_precision() -> None:
+    x = torch.rand(3, 3, 33, 35, generator=torch.Generator().manual_seed(0))
+    for noise in (
+        lambda x, seed: gaussian_noise(x, 25.0, seed),
+        lambda x, seed: poisson_gaussian_noise(x, 60.0, seed, read=3.0),
+        lambda x, seed: speckle_noise(x, 25.0, seed),
+    ):
+        batch = noise(x, (5, 6, 7))
+        for index in range(3):
+            assert torch.equal(noise(x[index : index + 1], (5 + index,))[0], batch[index])
+        assert torch.equal(noise(x.to(memory_format=torch.channels_last), (5, 6, 7)), batch)
+        double = noise(x.double(), (5, 6, 7))
+        assert double.dtype == torch.float64
+        assert float(((double - batch).abs() > 1e-5).double().mean()) < 1e-3, "a photon more or less, now and then"
+
+
+def test_noise_leaves_its_input_alone_and_passes_its_gradient() -> None:
+    x = torch.full((1, 3, 16, 16), 0.5, requires_grad=True)
+    for noisy in (gaussian_noise(x, 9.0, [1], clip=False), poisson_gaussian_noise(x, 9.0, [1], clip=False)):
+        (gradient,) = torch.autograd.grad(noisy.sum(), x)
+        assert torch.equal(gradient, torch.ones_like(x))
+    assert torch.equal(x, torch.full_like(x, 0.5))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no gpu with cuda")
+def test_a_gpu_makes_the_noise_of_the_cpu() -> None:
+    x = torch.rand(2, 3, 64, 65, generator=torch.Generator().manual_seed(0))
+    for noise in (gaussian_noise, speckle_noise):
+        assert torch.allclose(noise(x.cuda(), 25.0, SEEDS).cpu(), noise(x, 25.0, SEEDS), atol=2e-6)
+    here, there = (poisson_gaussian_noise(y, 30.0, SEEDS, read=3.0) for y in (x, x.cuda()))
+    assert float(((there.cpu() - here).abs() > 2e-6).double().mean()) < 1e-4
 
 
 def test_speckle_is_in_proportion_to_the_signal() -> None:

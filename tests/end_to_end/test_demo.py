@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.demo import load_demo_config, run_demo
 from pipeline.pictures import read_picture
+from tests.end_to_end.readme import readme_command
 from tests.support.browser import open_page
 from tests.support.dataset import REPOSITORY
 
@@ -85,9 +88,11 @@ def test_the_second_run_goes_on_where_the_first_was_interrupted(workplace: Path)
 
 
 @pytest.mark.slow
-def test_a_third_run_does_nothing_again(workplace: Path) -> None:
-    third = run([IRD, "demo", "--out", str(workplace / "run"), *SHORT], workplace)
-    assert third.count("done before") == len(STAGES)
+def test_a_third_run_does_nothing_again(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace}/mlflow.db")
+    third: list[str] = []
+    run_demo(load_demo_config(None, [f"out={workplace / 'run'}", *SHORT]), say=third.append)
+    assert [line.endswith(": done before") for line in third] == [True] * len(STAGES)
 
 
 @pytest.mark.slow
@@ -138,21 +143,18 @@ def test_each_variant_of_the_pulled_model_restores_its_own_picture(workplace: Pa
 
 
 @pytest.mark.slow
-def test_the_third_door_as_the_readme_has_it(workplace: Path, tmp_path: Path) -> None:
-    noisy = sorted((workplace / "run/restore/degraded").iterdir())[0]
-    command = [
-        IRD,
-        "restore",
-        "--model",
-        "models:/ird-demo@demo",
-        "--variant",
-        "small",
-        str(noisy),
-        str(tmp_path / "o.png"),
-    ]
-    run(command, workplace)
-    expected = read_picture(workplace / "run/restore/small" / noisy.name).pixels
-    assert np.array_equal(read_picture(tmp_path / "o.png").pixels, expected)
+@pytest.mark.parametrize(
+    ("door", "log"),
+    [("deepspeed", "pretrain/out/log.txt"), ("ird restore", "restore/log.txt")],
+    ids=["second", "third"],
+)
+def test_a_door_is_gone_through_as_the_readme_has_it(workplace: Path, door: str, log: str) -> None:
+    """The stage ran what the README says, in processes of its own, with a few words more."""
+    first = (workplace / "run" / log).read_text().splitlines()[0]
+    program, *words = shlex.split(first.removeprefix("$ "))
+    typed = iter([Path(program).name, *(word.removeprefix(f"{REPOSITORY}/") for word in words)])
+    expected = [word for word in readme_command(door) if word not in ("IN", "OUT")]
+    assert all(word in typed for word in expected), (expected, first)
 
 
 @pytest.mark.slow

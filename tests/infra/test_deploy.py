@@ -97,31 +97,33 @@ sys.exit(75 if stopped else 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to_group", [False, True], ids=["kubelet: one process", "slurm: all processes"])
-def test_a_node_that_is_told_to_stop_lets_its_ranks_save(tmp_path: Path, to_group: bool) -> None:
-    nodes = _two_nodes(tmp_path)
+@pytest.mark.parametrize(("count", "to_group"), [(2, False), (1, True)], ids=["kubelet: one process", "slurm: all"])
+def test_a_node_that_is_told_to_stop_lets_its_ranks_save(tmp_path: Path, count: int, to_group: bool) -> None:
+    ranks = [f"{rank} of {count}" for rank in range(count)]
+    nodes = _start_nodes(tmp_path, count)
     try:
-        _wait_for(tmp_path, {"started 0 of 2", "started 1 of 2"}, nodes)
+        _wait_for(tmp_path, {f"started {rank}" for rank in ranks}, nodes)
         for node in nodes:
             (os.killpg if to_group else os.kill)(node.pid, signal.SIGTERM)
-        assert [node.wait(timeout=120) for node in nodes] == [75, 75], (tmp_path / "log").read_text()
-        assert (tmp_path / "saved 0 of 2").exists() and (tmp_path / "saved 1 of 2").exists()
+        assert [node.wait(timeout=120) for node in nodes] == [75] * count, (tmp_path / "log").read_text()
+        assert all((tmp_path / f"saved {rank}").exists() for rank in ranks)
     finally:
         _end(nodes)
 
 
 @pytest.mark.slow
-def test_nodes_that_finish_return_zero(tmp_path: Path) -> None:
-    nodes = _two_nodes(tmp_path, "finish")
+def test_a_node_that_finishes_returns_zero(tmp_path: Path) -> None:
+    nodes = _start_nodes(tmp_path, 1, "finish")
     try:
-        assert [node.wait(timeout=240) for node in nodes] == [0, 0], (tmp_path / "log").read_text()
+        assert nodes[0].wait(timeout=240) == 0, (tmp_path / "log").read_text()
+        assert (tmp_path / "saved 0 of 1").exists()
     finally:
         _end(nodes)
 
 
-def _two_nodes(folder: Path, *arguments: str) -> list[subprocess.Popen[bytes]]:
-    """Two nodes on this machine: two names of it in the hostfile, two launches without ssh."""
-    (folder / "hostfile").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+def _start_nodes(folder: Path, count: int, *arguments: str) -> list[subprocess.Popen[bytes]]:
+    """Up to two nodes on this machine: two names of it in the hostfile, launches without ssh."""
+    (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in ("localhost", "127.0.0.1")[:count]))
     (folder / "stage.py").write_text(STAGE)
     environment = {
         **os.environ,
@@ -139,7 +141,7 @@ def _two_nodes(folder: Path, *arguments: str) -> list[subprocess.Popen[bytes]]:
                 stderr=log,
                 start_new_session=True,
             )
-            for rank in range(2)
+            for rank in range(count)
         ]
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from datagen.dataset import SELECTION, read_json, read_table, write_table
 from datagen.degradations.steps import STEPS
+from datagen.picture.region import decode_whole
 from datagen.source.embedded import materialise
 from infra.config import dump_config
 from infra.storage import open_store
@@ -25,7 +26,6 @@ from pipeline.report.degradations import degradations
 from pipeline.report.results import results, task_title
 from pipeline.stages import Stage, run_stages
 from tests.support.browser import open_page
-from training.data.loader import decode
 from training.evaluate import EvaluateConfig, Restoration, SuperResolution, evaluate
 from training.export import save_export
 from training.models import DyNetConfig, EDSRConfig, build_model
@@ -141,7 +141,7 @@ def opened(run_folder: Path, chromium: str, tmp_path_factory: pytest.TempPathFac
     """The page as the browser has it after its scripts, and a screenshot."""
     folder = tmp_path_factory.mktemp("page")
     dom, screenshot = open_page(chromium, write_report(run_folder, folder / "report.html"), folder)
-    return Page(dom), decode(screenshot.read_bytes())
+    return Page(dom), decode_whole(screenshot.read_bytes())
 
 
 def test_every_picture_is_loaded_and_has_a_text(opened: tuple[Page, np.ndarray]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from datagen.degradations.resample import imresize
-from training.data.loader import decode
+from datagen.picture.region import decode_whole
 from training.evaluate import mean_rows, to_batch, to_picture
 from training.metrics import compare, luma, to_uint8
 
@@ -53,7 +53,7 @@ def test_published_bicubic_rows_on_set5(real_data: Path, scale: int, psnr: float
     """EDSR's Table 3: Y channel, border of ``scale`` shaved, 8-bit LR and output."""
     results = []
     for path in sorted((real_data / "benchmarks" / "set5").glob("*.png")):
-        picture = decode(path.read_bytes())
+        picture = decode_whole(path.read_bytes())
         height, width = (side - side % scale for side in picture.shape[:2])
         clean = picture[:height, :width]
         low = imresize(to_batch(clean), 1 / scale, round_to_uint8=True)

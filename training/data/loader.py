@@ -1,6 +1,6 @@
 """Batches of (degraded, clean) patches, each a pure function of (seed, stream position)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -11,62 +11,97 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from datagen.degradations.random import generator
 from infra.config import ConfigError
 from training.config import DataConfig
-from training.data.plan import StreamState, epoch_order, positions_of_batch
-from training.data.shards import ShardReader
+from training.corruption import Corruption
+from training.data.patches import cut_patches, detail_map
+from training.data.plan import SampleOrder, StreamState, positions_of_batch
+from training.data.shards import DamagedSampleError, LostSample, Sample, ShardReader
 
-# Makes the network's input from clean patches float32 [N,3,H,W] in [0, 1], given seed, epoch and one
-# key a patch: (degraded, one meta a patch). It must be picklable and depend on nothing else.
-Corruption = Callable[[torch.Tensor, int, int, Sequence[str]], tuple[torch.Tensor, list[dict[str, Any]]]]
-
-
-def keep_clean(
-    clean: torch.Tensor, seed: int, epoch: int, keys: Sequence[str]
-) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """A corruption that changes nothing: for stages that degrade inside their own step."""
-    return clean, [{"key": key} for key in keys]
-
-
-def decode(data: bytes) -> np.ndarray:
-    """Decode an encoded picture to RGB uint8 [H,W,3]."""
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if picture is None:
-        raise ValueError("not a picture that OpenCV reads")
-    return picture
-
-
-def crop_and_turn(picture: np.ndarray, patch: int, rng: np.random.Generator) -> np.ndarray:
-    """A random ``patch`` x ``patch`` crop in one of the eight orientations; small pictures are reflected outwards."""
-    height, width = picture.shape[:2]
-    if height < patch or width < patch:
-        bottom, right = max(patch - height, 0), max(patch - width, 0)
-        picture = np.pad(picture, ((0, bottom), (0, right), (0, 0)), mode="symmetric")
-        height, width = picture.shape[:2]
-    top, left = rng.integers(height - patch + 1), rng.integers(width - patch + 1)
-    crop = np.rot90(picture[top : top + patch, left : left + patch], int(rng.integers(4)))
-    return crop[:, ::-1] if rng.integers(2) else crop
+_STAND_INS = 16
 
 
 class PatchStream(Dataset[dict[str, Any]]):
-    """Item ``position`` of the training stream: the crops of one sample, clean and corrupted."""
+    """The patches at given positions of the training stream."""
 
-    def __init__(self, reader: ShardReader, data: DataConfig, seed: int, corrupt: Corruption) -> None:
+    def __init__(self, reader: ShardReader, data: DataConfig, seed: int, corrupt: Corruption | None) -> None:
+        """Without ``corrupt`` the patches stay clean: nothing degrades them, or the device does."""
         self._reader, self._data, self._seed, self._corrupt = reader, data, seed, corrupt
-        names = reader.samples["shard"].to_numpy(zero_copy_only=False)
-        self._shard_of_sample = np.unique(names, return_inverse=True)[1]
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._order = SampleOrder(reader.index.first, seed, data.window)
+        self._window: tuple[int, int] | None = None
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        """``{"clean": [K,3,P,P], "degraded": [K,3,p,p], "meta": K dicts}`` of the sample at ``position``."""
-        epoch, index = divmod(position, len(self._shard_of_sample))
-        if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self._shard_of_sample, self._seed, epoch, self._data.window))
-        key, data = self._reader.read(int(self._order[1][index]))
-        picture = decode(data)
-        keys = [f"{key}#{k}" for k in range(self._data.crops_per_sample)]
-        crops = [crop_and_turn(picture, self._data.patch, generator(self._seed, epoch, f"crop:{k}", 0)) for k in keys]
-        clean = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float().div_(255).contiguous()
-        degraded, meta = self._corrupt(clean, self._seed, epoch, keys)
-        return {"clean": clean, "degraded": degraded, "meta": meta}
+    def __getitems__(self, positions: Sequence[int]) -> dict[str, Any]:
+        """A batch, as ``make_loader`` describes it. The torch loader hands over the positions of a batch at once."""
+        self._look_ahead(positions[-1])
+        drawn = [self._order.at(position) for position in positions]
+        samples, lost = self._read([sample for _, sample in drawn], positions)
+        crops: list[np.ndarray] = []
+        depths: list[np.ndarray | None] = []
+        keys: list[str] = []
+        epochs: list[int] = []
+        for (epoch, _), sample in zip(drawn, samples, strict=True):
+            count = self._data.crops_per_sample
+            rng = generator(self._seed, epoch, f"crops:{sample.key}", 0)
+            detail = detail_map(sample.json) if self._data.crop == "detail" else None
+            try:
+                patches, far = cut_patches(sample.image, sample.depth, self._data.patch, count, rng, detail)
+            except ValueError as error:
+                raise DamagedSampleError(f"{self._reader.store.uri}: sample {sample.key}: {error}") from error
+            crops += patches
+            depths += [*far] if far is not None else [None] * count
+            keys += [sample.key] * count
+            epochs += [epoch] * count
+        batch: dict[str, Any] = {
+            # Channels last in memory, as pictures are decoded.
+            "clean": torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2),
+            "key": keys,
+            "epoch": epochs,
+            "draw": list(range(self._data.crops_per_sample)) * len(samples),
+            "depth": [None if far is None else torch.from_numpy(far.copy())[None] for far in depths],
+            "lost": lost,
+        }
+        return batch if self._corrupt is None else degraded_batch(batch, self._corrupt, self._seed)
+
+    def _read(self, numbers: Sequence[int], positions: Sequence[int]) -> tuple[list[Sample], list[dict[str, Any]]]:
+        """The samples, others of the same windows in place of lost ones, and what was lost."""
+        wanted = {"json": self._data.crop == "detail", "depth": self._data.depth}
+        samples: list[Sample] = []
+        lost: list[dict[str, Any]] = []
+        for position, found in zip(positions, self._reader.read_many(numbers, **wanted), strict=True):
+            if isinstance(found, LostSample):
+                if self._data.on_damage == "stop":
+                    raise DamagedSampleError(found.reason)
+                lost.append({"position": position, "key": found.key, "shard": found.shard, "reason": found.reason})
+                found = self._stand_in(position, found, wanted)
+            samples.append(found)
+        return samples, lost
+
+    def _stand_in(self, position: int, lost: LostSample, wanted: dict[str, bool]) -> Sample:
+        first = self._reader.index.first
+        shards = self._order.shards_of(*self._order.window_at(position))
+        rng = generator(self._seed, 0, "stand-in", position)
+        for _ in range(_STAND_INS):
+            shard = shards[int(rng.integers(len(shards)))]
+            (found,) = self._reader.read_many([int(rng.integers(first[shard], first[shard + 1]))], **wanted)
+            if isinstance(found, Sample):
+                return found
+        raise DamagedSampleError(f"{_STAND_INS} samples in place of a lost one are lost too. {lost.reason}")
+
+    def _look_ahead(self, position: int) -> None:
+        window = self._order.window_at(position)
+        if window != self._window:
+            self._window = window
+            self._reader.prefetch(self._order.shards_of(*window))
+            self._reader.prefetch(self._order.shards_of(window[0], window[1] + 1))
+
+
+def degraded_batch(batch: dict[str, Any], corrupt: Corruption, seed: int) -> dict[str, Any]:
+    """A clean batch with "degraded" and "meta" in place of what they are made from."""
+    clean = batch["clean"]
+    as_float = clean.float().div_(255).contiguous()
+    depth = batch["depth"] if any(far is not None for far in batch["depth"]) else None
+    degraded, meta = corrupt(
+        as_float, seed=seed, epoch=batch["epoch"], keys=batch["key"], draw=batch["draw"], depth=depth
+    )
+    return {"clean": clean, "degraded": degraded, "meta": meta, "lost": batch["lost"]}
 
 
 class _BatchPositions(Sampler[list[int]]):
@@ -79,12 +114,6 @@ class _BatchPositions(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return len(self._range)
-
-
-def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    batch: dict[str, Any] = {name: torch.cat([item[name] for item in items]) for name in ("clean", "degraded")}
-    batch["meta"] = [meta for item in items for meta in item["meta"]]
-    return batch
 
 
 def samples_per_batch(data: DataConfig, world_size: int) -> int:
@@ -108,15 +137,18 @@ def make_loader(
     *,
     state: StreamState,
     steps: int,
-    corrupt: Corruption,
+    corrupt: Corruption | None,
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader[dict[str, Any]]:
     """Loader of this rank's batches from ``state`` up to optimizer step ``steps``.
 
-    Batches are ``{"clean": float32 [B,3,P,P], "degraded": float32 [B,3,p,p], "meta": B dicts}`` with B the
-    rank's share of the global batch. Any world size and worker count can take up any state: nothing
-    that was consumed is read again.
+    A batch holds "clean" uint8 [B,3,P,P] (channels last in memory), B being the rank's share of the global batch;
+    "degraded" [B,3,p,p], uint8 where it has 8 bits, else float32 in [0, 1]; "meta", B dicts; and "lost", a dict for
+    each sample that another one stands in for (``data.on_damage: skip``). With ``data.degrade_on: device``, and
+    without ``corrupt``, it holds what ``degraded_batch`` needs instead of "degraded" and "meta".
+    ``training.data.handover`` makes all of them into what a step takes. Any world size and worker count can take up
+    any state: nothing that was consumed is read again.
 
     Raises:
         ConfigError: ``state`` belongs to another dataset, or the batch cannot be shared out evenly.
@@ -128,15 +160,19 @@ def make_loader(
     share = samples_per_batch(data, world_size)
     sampler = _BatchPositions(state.samples_consumed // share, steps, share, rank, world_size)
     return DataLoader(
-        PatchStream(reader, data, state.seed, corrupt),
+        PatchStream(reader, data, state.seed, corrupt if data.degrade_on == "worker" else None),
         batch_sampler=sampler,
         num_workers=data.workers,
-        collate_fn=_collate,
+        collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
         prefetch_factor=4 if data.workers else None,
         worker_init_fn=_single_threaded,
     )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _single_threaded(worker: int) -> None:

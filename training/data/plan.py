@@ -1,8 +1,8 @@
-"""Which sample stands at which position of the training stream: pure functions of the index and the seed.
+"""Which sample stands at which position of the training stream: a pure function of the index and the seed.
 
-The stream is endless: epoch after epoch, every sample exactly once in each, with no gap and no
-padding where one epoch ends inside a batch. A position therefore says everything about progress,
-and any number of ranks or workers can share the stream out by position.
+The stream is endless: epoch after epoch, every sample exactly once in each, with no gap and no padding where one
+epoch ends inside a batch. A position therefore says everything about progress, and any number of ranks or workers
+can share the stream out by position.
 """
 
 from dataclasses import dataclass
@@ -21,28 +21,61 @@ class StreamState:
     samples_consumed: int  # over all ranks and epochs
 
 
-def epoch_order(shard_of_sample: np.ndarray, seed: int, epoch: int, window: int) -> np.ndarray:
-    """Order in which the samples of one epoch are read.
+class SampleOrder:
+    """The order in which samples are read, worked out one window of shards at a time.
 
-    Shards are shuffled, then samples within each run of ``window`` shards, so that at most that many
-    shards are open at a time. Shards are fair samples of the corpus (``datagen pack`` shuffles it as
-    a whole), so a window is one too.
-
-    Args:
-        shard_of_sample: int array [samples], the shard number of each sample in index order.
-        seed: of the run.
-        epoch: from 0.
-        window: number of shards shuffled together.
-
-    Returns:
-        int64 array [samples], a permutation of the sample numbers.
+    Each epoch shuffles the shards, then the samples of each run of ``window`` shards. At most that many shards are in
+    use at a time, and a position anywhere costs the order of its window alone, never that of the whole epoch. Shards
+    of ``datagen pack`` are fair samples of the corpus, so a window of them is one too; tars from elsewhere may not be,
+    and want a window that spans what their order hides.
     """
-    rng = generator(seed, epoch, "epoch-order", 0)
-    shards = np.unique(shard_of_sample)
-    rank_of_shard = np.empty(int(shards.max(initial=-1)) + 1, dtype=np.int64)
-    rank_of_shard[rng.permutation(shards)] = np.arange(len(shards))
-    window_of_sample = rank_of_shard[shard_of_sample] // window
-    return np.lexsort((rng.random(len(shard_of_sample)), window_of_sample))
+
+    def __init__(self, first: np.ndarray, seed: int, window: int) -> None:
+        """``first``: int64 [shards + 1], shard s holds the samples first[s] … first[s + 1] - 1; ``window``: shards."""
+        self._first, self._seed, self._window = first, seed, window
+        self.samples = int(first[-1])
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._inside: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def at(self, position: int) -> tuple[int, int]:
+        """(epoch, sample number) at a position of the stream."""
+        epoch, offset = divmod(position, self.samples)
+        window, start = self._window_of(epoch, offset)
+        if self._inside is None or self._inside[0] != (epoch, window):
+            shards = self._shards(epoch, window)
+            samples = np.concatenate([np.arange(self._first[s], self._first[s + 1]) for s in shards])
+            shuffled = generator(self._seed, epoch, f"window:{window}", 0).permutation(samples)
+            self._inside = ((epoch, window), shuffled)
+        return epoch, int(self._inside[1][offset - start])
+
+    def window_at(self, position: int) -> tuple[int, int]:
+        """(epoch, window) of a position: what changes when other shards come into use."""
+        epoch, offset = divmod(position, self.samples)
+        return epoch, self._window_of(epoch, offset)[0]
+
+    def shards_of(self, epoch: int, window: int) -> list[int]:
+        """Shards of a window; of the first window of the next epoch, where ``window`` is past the last."""
+        starts = self._opened(epoch)[1]
+        if window >= len(starts) - 1:
+            epoch, window = epoch + 1, 0
+        return [int(shard) for shard in self._shards(epoch, window)]
+
+    def _shards(self, epoch: int, window: int) -> np.ndarray:
+        return self._opened(epoch)[0][window * self._window : (window + 1) * self._window]
+
+    def _window_of(self, epoch: int, offset: int) -> tuple[int, int]:
+        starts = self._opened(epoch)[1]
+        window = int(np.searchsorted(starts, offset, side="right")) - 1
+        return window, int(starts[window])
+
+    def _opened(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of an epoch in order, and the offset at which each window starts, and the last one ends."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            shards = generator(self._seed, epoch, "shards", 0).permutation(len(self._first) - 1)
+            ends = np.cumsum(np.diff(self._first)[shards])
+            last = np.append(np.arange(self._window, len(shards), self._window), len(shards)) - 1
+            self._epoch = (epoch, shards, np.append(0, ends[last]))
+        return self._epoch[1], self._epoch[2]
 
 
 def positions_of_batch(step: int, samples_per_batch: int, rank: int, world_size: int) -> range:
