@@ -192,6 +192,58 @@ def degrade(
             raise typer.Exit(work.degrade_files(source, out, recipe or work.DEFAULT_RECIPE, seed))
 
 
+@app.command(
+    "import-checkpoint",
+    epilog="Examples:\n\n`ird import-checkpoint dynet model.ckpt --out runs/dynet`\n\n"
+    "`ird import-checkpoint basicsr-edsr EDSR_Lx2.pth --out runs/edsr`",
+)
+def import_checkpoint(
+    kind: Annotated[str, typer.Argument(help="dynet, promptir, edsr, mdsr or basicsr-edsr.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=".pth, .ckpt or .safetensors.")],
+    out: Annotated[Path, typer.Option(help="Folder of the export, for `ird restore --model` and `ird registry push`.")],
+    residual_scale: Annotated[float | None, typer.Option(help="Of EDSR and MDSR, where the file cannot tell.")] = None,
+    image_range: Annotated[float | None, typer.Option(help="White, as the network was trained: 1 or 255.")] = None,
+    mean: Annotated[str, typer.Option(help="Subtracted from the picture, white being 1: R,G,B.")] = "",
+) -> None:
+    """Read a checkpoint of a public implementation; strict, with a table of what did not fit."""
+    from typing import get_args
+
+    from infra.config import ConfigError
+    from training.public_checkpoints import ImportOptions
+    from training.public_names import Kind
+
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    known = next((one for one in kinds if one == kind), None)
+    if known is None:
+        raise ConfigError(f"{kind!r} is no kind of checkpoint; expected one of {', '.join(kinds)}")
+    try:
+        means = tuple(float(value) for value in mean.split(",")) if mean else None
+    except ValueError:
+        raise ConfigError(f"--mean {mean!r}: expected numbers as 0.45,0.44,0.40") from None
+    from pipeline.checkpoints import import_checkpoint as run
+
+    options = ImportOptions(residual_scale=residual_scale, image_range=image_range, mean=means)
+    raise typer.Exit(run(known, file, out, options))
+
+
+@app.command(epilog="Example:\n\n`ird export runs/finetune/export restore.onnx --format onnx --variant small`")
+def export(
+    model: Annotated[str, typer.Argument(help="An export folder, or models:/NAME@ALIAS.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file, or a folder to put it in.")],
+    format: Annotated[str, typer.Option(help="onnx (for ONNX runtimes) or torch (.pt2, torch.export).")] = "onnx",
+    variant: Annotated[str, typer.Option(help="A name, or depths as [2,4,4,6]; default: the model's last.")] = "",
+) -> None:
+    """Write one variant for other runtimes, any picture size, checked against the model itself."""
+    from infra.config import ConfigError
+    from training.portable import SUFFIXES
+
+    if format not in SUFFIXES:
+        raise ConfigError(f"--format {format!r}: expected one of {', '.join(SUFFIXES)}")
+    from pipeline.checkpoints import export_model
+
+    export_model(model, out, format, variant)
+
+
 @app.command(epilog="Example:\n\n`ird models --size 224`")
 def models(
     size: Annotated[int, typer.Option(help="Side of the picture that costs are counted for, pixels.")] = 224,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy.fft import next_fast_len
 from torch import Tensor
 
 from datagen.degradations.checks import Parameter, PerSample, check_images
@@ -44,10 +45,11 @@ def blur(x: Tensor, kernel: Tensor | np.ndarray) -> Tensor:
         raise ValueError(f"{kernel.shape[0]} kernels for a batch of {x.shape[0]}")
     radius = size // 2
     padded = _pad_symmetric(x, radius)
-    shape = (padded.shape[-2], padded.shape[-1])
+    # A length with a large prime factor would take twice as long; the zeros beyond the picture are cut off again.
+    shape = tuple(next_fast_len(side, real=True) for side in padded.shape[-2:])
     spectrum = torch.fft.rfft2(kernel.reshape(-1, 1, size, size), s=shape)
     # The conjugate makes it a correlation; what wraps around falls outside the part that is kept.
-    blurred = torch.fft.irfft2(torch.fft.rfft2(padded) * spectrum.conj(), s=shape)
+    blurred = torch.fft.irfft2(torch.fft.rfft2(padded, s=shape) * spectrum.conj(), s=shape)
     return blurred[..., :height, :width]
 
 

@@ -100,7 +100,7 @@ def check_images(x: Tensor, channels: int | None = None) -> None:
         raise ValueError(f"images must have shape {wanted}, got {tuple(x.shape)}")
     if x.numel() == 0:
         raise ValueError(f"images are empty: shape {tuple(x.shape)}")
-    low, high = (float(value) for value in torch.aminmax(x))
+    low, high = (float(value) for value in torch.aminmax(x.detach()))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("images hold NaN or infinite values")
     if low < -TOLERANCE or high > 1 + TOLERANCE:

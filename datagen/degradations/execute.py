@@ -229,8 +229,8 @@ def _draw(step: Step, rng: np.random.Generator, frame: Frame) -> tuple[dict[str,
 
 
 def _varies(name: str, value: Any) -> bool:
-    """Real numbers and seeds differ within a batched call; whole numbers and words shape it and are shared."""
-    return name == "seed" or isinstance(value, float)
+    """Real numbers, seeds and qualities differ within a batched call; what shapes it is shared."""
+    return name in ("seed", "quality") or isinstance(value, float)
 
 
 def _signature(step: Mapping[str, Any], sample: Tensor) -> tuple[Any, ...]:

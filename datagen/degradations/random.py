@@ -101,7 +101,7 @@ def philox_words(seeds: Sequence[int], words: int, device: torch.device | str, *
 def poisson_counts(mean: Tensor, normal: Tensor) -> Tensor:
     """Poisson numbers from standard normal ones: the count at the same quantile. float32, of the shape of ``mean``.
 
-    ``mean``: at least 0, and ``normal``: both float32, contiguous, of one shape, on one device.
+    ``mean``: at least 0, and ``normal``: both float32, of one shape, on one device.
 
     Means below ``EXACT_BELOW`` go through the exact distribution function, in float32: a probability is wrong by less
     than 1e-6. From there on a count is the expansion that Giles calls Q_N3 (Algorithm 955, ACM TOMS 42, 2016), rounded
@@ -113,9 +113,9 @@ def poisson_counts(mean: Tensor, normal: Tensor) -> Tensor:
     counts = ratio.mul(1 / 270).sub_(1 / 72).mul_(ratio).add_(1 / 6).mul_(ratio).add_(1).mul_(ratio).add_(1).mul_(mean)
     counts.add_(ratio.mul(7 / 810).sub_(1 / 36).mul_(ratio).add_(1 / 3))
     counts.sub_(torch.reciprocal(mean, out=ratio).mul_(8 / 405)).floor_().clamp_(min=0)
-    few = (mean.flatten() < EXACT_BELOW).nonzero()[:, 0]
-    if few.numel():
-        counts.view(-1)[few] = _few_counts(mean.flatten()[few], normal.flatten()[few])
+    few = (mean < EXACT_BELOW).nonzero(as_tuple=True)
+    if few[0].numel():
+        counts[few] = _few_counts(mean[few], normal[few])
     return counts
 
 

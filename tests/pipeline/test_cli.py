@@ -14,6 +14,8 @@ COMMANDS = [
     "train",
     "restore",
     "degrade",
+    "import-checkpoint",
+    "export",
     "models",
     "evaluate",
     "report",
