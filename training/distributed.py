@@ -1,9 +1,12 @@
 """What a rank does before and around training: join the others, and never outlive its launcher."""
 
+import contextlib
 import datetime
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +48,11 @@ def join() -> Ranks:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
-    prepare_extensions()
+    with _out_of_reach("mlflow"):
+        prepare_extensions()
 
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
 
     deepspeed.init_distributed(timeout=datetime.timedelta(minutes=10), verbose=False)
     _unlink_shared_buffer()
@@ -62,6 +66,19 @@ def join() -> Ranks:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+@contextlib.contextmanager
+def _out_of_reach(module: str) -> Iterator[None]:
+    """For DeepSpeed's autotuner, which imports MLflow where it can: two seconds of each rank, for nothing."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _unlink_shared_buffer() -> None:
