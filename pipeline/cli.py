@@ -244,14 +244,15 @@ def export(
     export_model(model, out, format, variant)
 
 
-@app.command(epilog="Example:\n\n`ird models --size 224`")
+@app.command(epilog="Examples:\n\n`ird models --size 224`\n\n`ird models --size 128 --measure`")
 def models(
     size: Annotated[int, typer.Option(help="Side of the picture that costs are counted for, pixels.")] = 224,
+    measure: Annotated[bool, typer.Option("--measure", help="Add each one's latency here; takes minutes.")] = False,
 ) -> None:
-    """List models and variants with their parameters and multiply-accumulates."""
+    """List models and variants with their parameters, multiply-accumulates and memory."""
     from pipeline.models import print_models
 
-    print_models(size)
+    print_models(size, measure)
 
 
 @app.command(epilog="Example:\n\n`ird evaluate --config configs/training/evaluate_demo.yaml out=runs/evaluate`")

@@ -33,7 +33,7 @@ from training.optimization import MovingAverage, learning_rate, make_optimizer, 
 Objective = Callable[[Any, dict[str, Any], int], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 # Changing these in the middle of a run does not change what it computes.
-_FREE_TO_CHANGE = {"out", "log_every", "checkpoint_every", "keep_checkpoints", "tracking"}
+_FREE_TO_CHANGE = {"out", "log_every", "checkpoint_every", "keep_checkpoints", "tracking", "model.checkpoint_levels"}
 _FREE_TO_CHANGE |= {f"data.{key}" for key in ("dataset", "workers", "fetch", "cache", "cache_gib", "on_damage")}
 
 

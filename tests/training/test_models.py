@@ -21,7 +21,7 @@ from training.models import (
     variants_of,
 )
 from training.models.blocks import GDFN, MDTA, LayerNorm, PromptBlock, TransformerBlock
-from training.models.cost import count_cost
+from training.models.cost import count_cost, saved_bytes
 
 SMALL_DYNET = {"dim": 8, "prompt_sizes": (16, 8, 4, 2), "variants": {"small": (1, 1, 1, 2), "large": (2, 2, 2, 3)}}
 CONFIGS = {
@@ -45,6 +45,11 @@ def built(config: ModelConfig) -> nn.Module:
     return build_model(config)
 
 
+def depths_of(config: ModelConfig) -> tuple[str | list[int], ...]:
+    """Every variant, and for DyNet a vector that none of them has."""
+    return (*variants_of(config), *([[1, 3, 1, 2]] if isinstance(config, DyNetConfig) else []))
+
+
 def picture(config: ModelConfig, height: int = 24, width: int = 16, batch: int = 2) -> Tensor:
     return torch.rand(batch, config.channels, height, width, generator=torch.Generator().manual_seed(1))
 
@@ -62,8 +67,8 @@ def assert_close(found: Tensor, expected: Tensor, bound: float) -> None:
 @pytest.mark.parametrize(("height", "width"), [(16, 24), (13, 21), (1, 1), (3, 9)])
 def test_any_size_comes_back_at_scale(config: ModelConfig, height: int, width: int) -> None:
     model, image = built(config).eval(), picture(config, height, width)
-    for variant in variants_of(config):
-        scale = scale_of(config, variant)
+    for variant in depths_of(config):
+        scale = scale_of(config, str(variant))
         with torch.no_grad():
             out = model(image, variant)
         assert out.shape == (2, config.channels, scale * height, scale * width)
@@ -116,7 +121,7 @@ def test_memory_layout_does_not_matter(config: ModelConfig) -> None:
 @every_model
 def test_bfloat16_autocast_stays_near_float32(config: ModelConfig) -> None:
     model, image = built(config), picture(config)
-    for variant in variants_of(config):
+    for variant in depths_of(config):
         with torch.no_grad():
             expected = model(image, variant)
         with torch.autocast("cpu", torch.bfloat16):
@@ -126,12 +131,71 @@ def test_bfloat16_autocast_stays_near_float32(config: ModelConfig) -> None:
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
+def outputs_and_gradients(config: ModelConfig, autocast: bool) -> list[Tensor]:
+    """Of every variant, through one backward pass over their sum."""
+    model, image = built(config), picture(config, 13, 9).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = [model(image, variant) for variant in depths_of(config)]
+    torch.stack([weight * out.float().square().mean() for weight, out in enumerate(outputs, start=1)]).sum().backward()
+    return [*(out.detach() for out in outputs), image.grad, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("name", ["dynet", "dynet-figure", "dynet-no-prompts", "promptir"])
+@pytest.mark.parametrize(("levels", "autocast"), [((1, 2, 3, 4), False), ((1, 3), True)])
+def test_checkpointing_keeps_less_and_changes_nothing(name: str, levels: tuple[int, ...], autocast: bool) -> None:
+    config = CONFIGS[name]
+    checkpointed = type(config)(**config.model_dump(exclude={"checkpoint_levels"}), checkpoint_levels=levels)
+    expected = outputs_and_gradients(config, autocast)
+    for found, same in zip(outputs_and_gradients(checkpointed, autocast), expected, strict=True):
+        assert_close(found, same, 1e-6)
+
+    one, other, image = built(config), built(checkpointed), picture(config)
+    variant = variants_of(config)[-1]
+    assert saved_bytes(other, image, variant) < 0.6 * saved_bytes(one, image, variant)
+    assert saved_bytes(other.eval(), image, variant) == saved_bytes(one.eval(), image, variant)
+    other.load_state_dict(one.state_dict(), strict=True)
+
+
+def test_a_config_without_checkpointing_reads_as_before_it_was_an_option() -> None:
+    for config in (DyNetConfig(), PromptIRConfig()):
+        assert "checkpoint_levels" not in config.model_dump(mode="json")
+        some = config.model_copy(update={"checkpoint_levels": (1, 2)})
+        assert type(config).model_validate_json(some.model_dump_json(), strict=True) == some
+        assert type(config).model_validate_json(config.model_dump_json(), strict=True) == config
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_kept_bytes_count_each_storage_once_and_no_weights(device: str) -> None:
+    with torch.device(device):
+        model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 2, 1))
+        called = _Called(model)
+        # The input, and the ReLU's result, which both it and the convolution behind it keep.
+        assert saved_bytes(called, torch.empty(1, 3, 8, 8), "") == 4 * (3 + 5) * 64
+
+
+class _Called(nn.Module):
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, image: Tensor, variant: str) -> Tensor:
+        return self.layers(image)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dynet", "promptir", "edsr-x2", "mdsr", "mzsr"])
 def test_traces_as_one_graph(name: str) -> None:
     """Dynamo sees each variant as one graph without a break; what it captured equals eager."""
-    shallow = {"variants": {"small": (1, 1, 1, 1), "large": (2, 1, 1, 1)}, "refinement_blocks": 0}
-    config = CONFIGS[name].model_copy(update=shallow if name == "dynet" else {})
+    shallow = {
+        # Prompts are traced in PromptIR.
+        "dynet": {
+            "variants": {"small": (1, 1, 1, 1), "large": (1, 1, 1, 2)},
+            "refinement_blocks": 0,
+            "prompts": "none",
+        },
+        "promptir": {"blocks": (1, 1, 1, 1), "refinement_blocks": 0},
+    }
+    config = CONFIGS[name].model_copy(update=shallow.get(name, {}))
     model, image = built(config), picture(config)
     captured = torch.compile(model, backend="eager", fullgraph=True)
     for variant in variants_of(config):
@@ -344,6 +408,8 @@ class _Stage(Config):
         (["model.variants={small: [1,2,3,0]}"], "greater than 0"),
         (["model.variants={}"], "at least 1 item"),
         (["model.prompts=some"], "'released', 'figure' or 'none'"),
+        (["model.checkpoint_levels=[5]"], "checkpoint_levels.0"),
+        (["model.checkpoint_levels=[1, 1]"], "each level at most once"),
         (["model.channels=5"], "less than or equal to 4"),
         (["model.dims=12"], "did you mean 'dim'"),
         (["model.name=dinet"], "'dynet'"),

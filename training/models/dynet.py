@@ -4,6 +4,7 @@ A four-level encoder-decoder of Restormer blocks with one block a level, applied
 The same weights serve every depth, so a variant is an argument of ``forward`` and not another model.
 """
 
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -11,7 +12,15 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from infra.config import Config
-from training.models.blocks import Downsample, PromptBlock, TransformerBlock, Upsample, check_heads
+from training.models.blocks import (
+    CheckpointLevels,
+    Downsample,
+    PromptBlock,
+    TransformerBlock,
+    Upsample,
+    apply_blocks,
+    check_heads,
+)
 from training.models.inputs import Variant, check_image, pad_to_multiple
 
 # Three halvings between the input and the latent.
@@ -45,6 +54,7 @@ class DyNetConfig(Config):
     )
     prompt_sizes: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (128, 64, 32, 16)
     prompt_heads: PositiveInt = 4
+    checkpoint_levels: CheckpointLevels = ()
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "DyNetConfig":
@@ -80,6 +90,7 @@ class DyNet(nn.Module):
         super().__init__()
         self.channels = config.channels
         self.variants = dict(config.variants)
+        self.checkpoint_levels = frozenset(config.checkpoint_levels)
         dim, heads, figure = config.dim, config.heads, config.prompts == "figure"
 
         def block(channels: int, heads: int) -> TransformerBlock:
@@ -158,21 +169,22 @@ class DyNet(nn.Module):
         height, width = image.shape[-2:]
         padded = pad_to_multiple(image, STRIDE).contiguous(memory_format=torch.channels_last)
 
-        skip1 = _repeat(self.encoder1, self.embed(padded), n1)
-        skip2 = _repeat(self.encoder2, self.down1_2(skip1), n2)
-        skip3 = _repeat(self.encoder3, self.down2_3(skip2), n3)
-        x = _repeat(self.latent, self.down3_4(skip3), n4)
+        skip1 = self._blocks(1, self.encoder1, self.embed(padded), n1)
+        skip2 = self._blocks(2, self.encoder2, self.down1_2(skip1), n2)
+        skip3 = self._blocks(3, self.encoder3, self.down2_3(skip2), n3)
+        x = self._blocks(4, self.latent, self.down3_4(skip3), n4)
 
-        x = self.fuse3(torch.cat([self.up4_3(self.prompt_latent(x)), self.prompt_skip3(skip3)], dim=1))
-        x = _repeat(self.decoder3, x, n3)
-        x = self.fuse2(torch.cat([self.up3_2(x), self.prompt_skip2(skip2)], dim=1))
-        x = _repeat(self.decoder2, x, n2)
-        x = self.fuse1(torch.cat([self.up2_1(x), self.prompt_skip1(skip1)], dim=1))
-        x = self.refinement(_repeat(self.decoder1, x, n1))
+        x = self._blocks(4, self.prompt_latent, x)
+        x = self.fuse3(torch.cat([self.up4_3(x), self._blocks(3, self.prompt_skip3, skip3)], dim=1))
+        x = self._blocks(3, self.decoder3, x, n3)
+        x = self.fuse2(torch.cat([self.up3_2(x), self._blocks(2, self.prompt_skip2, skip2)], dim=1))
+        x = self._blocks(2, self.decoder2, x, n2)
+        x = self.fuse1(torch.cat([self.up2_1(x), self._blocks(1, self.prompt_skip1, skip1)], dim=1))
+        x = self._blocks(1, self.decoder1, x, n1)
+        for block in self.refinement:
+            x = self._blocks(1, block, x)
         return (self.output(x) + padded)[..., :height, :width]
 
-
-def _repeat(block: nn.Module, x: Tensor, times: int) -> Tensor:
-    for _ in range(times):
-        x = block(x)
-    return x
+    def _blocks(self, level: int, block: nn.Module, x: Tensor, times: int = 1) -> Tensor:
+        recompute = self.training and level in self.checkpoint_levels and not isinstance(block, nn.Identity)
+        return apply_blocks(repeat(block, times), x, recompute=recompute)

@@ -4,6 +4,7 @@ Each level has as many blocks as DyNet's large variant has repeats, and the prom
 behind the decoder's levels instead of on the skips.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -11,7 +12,15 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from infra.config import Config
-from training.models.blocks import Downsample, PromptBlock, TransformerBlock, Upsample, check_heads
+from training.models.blocks import (
+    CheckpointLevels,
+    Downsample,
+    PromptBlock,
+    TransformerBlock,
+    Upsample,
+    apply_blocks,
+    check_heads,
+)
 from training.models.inputs import Variant, check_image, check_variant, pad_to_multiple
 
 # Three halvings between the input and the latent.
@@ -34,6 +43,7 @@ class PromptIRConfig(Config):
     )
     prompt_sizes: tuple[PositiveInt, PositiveInt, PositiveInt] = (64, 32, 16)
     prompt_heads: PositiveInt = 4
+    checkpoint_levels: CheckpointLevels = ()
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "PromptIRConfig":
@@ -50,6 +60,7 @@ class PromptIR(nn.Module):
     def __init__(self, config: PromptIRConfig) -> None:
         super().__init__()
         self.channels = config.channels
+        self.checkpoint_levels = frozenset(config.checkpoint_levels)
         dim, blocks, heads = config.dim, config.blocks, config.heads
 
         def stack(channels: int, heads: int, count: int) -> nn.Sequential:
@@ -98,14 +109,19 @@ class PromptIR(nn.Module):
         height, width = image.shape[-2:]
         padded = pad_to_multiple(image, STRIDE).contiguous(memory_format=torch.channels_last)
 
-        skip1 = self.encoder1(self.embed(padded))
-        skip2 = self.encoder2(self.down1_2(skip1))
-        skip3 = self.encoder3(self.down2_3(skip2))
-        x = self.prompt_latent(self.latent(self.down3_4(skip3)))
+        skip1 = self._blocks(1, self.encoder1, self.embed(padded))
+        skip2 = self._blocks(2, self.encoder2, self.down1_2(skip1))
+        skip3 = self._blocks(3, self.encoder3, self.down2_3(skip2))
+        x = self._blocks(4, self.latent, self.down3_4(skip3))
 
-        x = self.decoder3(self.fuse3(torch.cat([self.up4_3(x), skip3], dim=1)))
-        x = self.up3_2(self.prompt_decoder3(x))
-        x = self.decoder2(self.fuse2(torch.cat([x, skip2], dim=1)))
-        x = self.up2_1(self.prompt_decoder2(x))
-        x = self.refinement(self.decoder1(torch.cat([x, skip1], dim=1)))
+        x = self._blocks(4, [self.prompt_latent], x)
+        x = self.fuse3(torch.cat([self.up4_3(x), skip3], dim=1))
+        x = self._blocks(3, [*self.decoder3, self.prompt_decoder3], x)
+        x = self.fuse2(torch.cat([self.up3_2(x), skip2], dim=1))
+        x = self._blocks(2, [*self.decoder2, self.prompt_decoder2], x)
+        x = torch.cat([self.up2_1(x), skip1], dim=1)
+        x = self._blocks(1, [*self.decoder1, *self.refinement], x)
         return (self.output(x) + padded)[..., :height, :width]
+
+    def _blocks(self, level: int, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+        return apply_blocks(blocks, x, recompute=self.training and level in self.checkpoint_levels)

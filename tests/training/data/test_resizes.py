@@ -18,7 +18,7 @@ import pytest
 from infra.config import load_config
 from infra.launcher import free_port, read_marker, session_processes
 from tests.support.dataset import REPOSITORY
-from tests.training.data.conftest import loader
+from tests.training.data.conftest import SEED, WINDOW, loader
 from training.pretrain import PretrainConfig
 
 CONFIG = REPOSITORY / "configs/training/pretrain_demo.yaml"
@@ -26,8 +26,8 @@ STEPS = 24
 
 
 def launch(out: Path, dataset: Path, ranks: int, workers: int, port: int) -> subprocess.Popen[bytes]:
-    settings = ["model.dim=8", "data.patch=32", "data.batch=8", "data.crops_per_sample=2", "data.window=2", "seed=5"]
-    settings += ["data.on_damage=skip"]
+    settings = ["model.dim=8", "data.patch=32", "data.batch=8", "data.crops_per_sample=2", f"data.window={WINDOW}"]
+    settings += [f"seed={SEED}", "data.on_damage=skip"]
     settings += ["tracking.enabled=false", "checkpoint_every=3", f"steps={STEPS}", "schedule.kind=constant"]
     settings += [f"data.dataset={dataset}", f"data.workers={workers}", f"out={out}"]
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
