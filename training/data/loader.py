@@ -158,6 +158,8 @@ def make_loader(
             f"the run was started on dataset {state.dataset_id}, but {reader.store.uri} is {reader.dataset_id}"
         )
     share = samples_per_batch(data, world_size)
+    if data.workers:
+        _stop_opencv_threads()
     sampler = _BatchPositions(state.samples_consumed // share, steps, share, rank, world_size)
     return DataLoader(
         PatchStream(reader, data, state.seed, corrupt if data.degrade_on == "worker" else None),
@@ -177,5 +179,11 @@ def _as_it_is(batch: Any) -> Any:
 
 def _single_threaded(worker: int) -> None:
     # Workers share the cores with the rank; OpenCV and torch would each take all of them.
-    cv2.setNumThreads(1)
+    _stop_opencv_threads()
     torch.set_num_threads(1)
+
+
+def _stop_opencv_threads() -> None:
+    # Only where there may be some: a forked worker would wait for ever for those of its parent, which it has not got.
+    if cv2.getNumThreads() != 1:
+        cv2.setNumThreads(1)

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,6 +80,17 @@ def test_kills_and_resizes_change_nothing(
         for expected in undisturbed[step:end]:
             assert same(joined([next(batches) for batches in ranks]), expected)
         step = end
+
+
+def test_workers_start_where_opencv_has_used_threads(small_dataset: Path, undisturbed: list[Batch]) -> None:
+    """A forked worker that told OpenCV to stop its parent's threads would wait for them for ever."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(2)
+    cv2.resize(np.zeros((4000, 4000), np.float32), (1000, 1000), interpolation=cv2.INTER_AREA)
+    try:
+        assert same(next(iter(loader(small_dataset, workers=1))), undisturbed[0])
+    finally:
+        cv2.setNumThreads(before)
 
 
 def test_every_sample_of_an_epoch_once(small_dataset: Path) -> None:
