@@ -18,7 +18,14 @@ from datagen.degradations.recipe import RECIPES
 from datagen.degradations.resample import imresize
 from infra.config import ConfigError
 from infra.files import write_atomically
-from pipeline.pictures import SUFFIXES, Picture, PictureError, find_pictures, read_picture, write_picture
+from pipeline.pictures import (
+    Picture,
+    PictureError,
+    inputs_below,
+    read_picture,
+    refuse_input_as_output,
+    write_picture,
+)
 
 DEFAULT_RECIPE = "all_in_one_3"
 LOSSLESS = (".png", ".webp", ".tif", ".tiff")
@@ -180,16 +187,8 @@ def _pairs(source: Path, out: Path) -> list[tuple[Path, Path]]:
         result = out / f"{source.stem}.png" if out.is_dir() or not out.suffix else out
         _check_output(source, result)
         return [(source, result)]
-    if out.is_file():
-        raise ConfigError(f"{out} is a file; a folder of pictures goes into a folder")
-    if out.resolve() == source.resolve():
-        raise ConfigError(f"{out}: is the input folder itself; choose another OUT, so that the originals stay")
-    # Results below the input folder are no inputs of the next run.
-    found = [path for path in find_pictures(source) if not (source / path).resolve().is_relative_to(out.resolve())]
-    if not found:
-        raise ConfigError(f"{source}: no pictures below it ({', '.join(SUFFIXES)})")
     results: dict[Path, Path] = {}
-    for path in found:
+    for path in inputs_below(source, out):
         result = path.with_suffix(".png")
         if result in results:
             raise ConfigError(f"{source}: {results[result]} and {path} would both become {result}; rename one")
@@ -200,8 +199,7 @@ def _pairs(source: Path, out: Path) -> list[tuple[Path, Path]]:
 def _check_output(source: Path, out: Path) -> None:
     if out.suffix.lower() not in LOSSLESS:
         raise ConfigError(f"{out}: must keep the pixels as they are; choose one of {', '.join(LOSSLESS)}")
-    if out.resolve() == source.resolve():
-        raise ConfigError(f"{out}: is the input itself; choose another OUT, so that the original stays")
+    refuse_input_as_output(source, out)
 
 
 def _say(console: Console, line: str) -> None:

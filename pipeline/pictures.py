@@ -19,6 +19,7 @@ import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
+from infra.config import ConfigError
 from infra.errors import Refusal
 from infra.files import write_atomically
 from pipeline.samples import to_float, to_integers
@@ -54,6 +55,29 @@ class Picture:
     grey: bool = False
     bits: int = 8
     icc: bytes | None = None
+
+
+def inputs_below(source: Path, out: Path) -> list[Path]:
+    """``find_pictures(source)`` for results that go into the folder ``out``, which may lie below ``source``.
+
+    Raises:
+        ConfigError: ``out`` is a file or ``source`` itself, or there are no pictures.
+    """
+    if out.is_file():
+        raise ConfigError(f"{out} is a file; a folder of pictures goes into a folder")
+    refuse_input_as_output(source, out)
+    # Results below the input folder are no inputs of the next run.
+    inside = [path for path in find_pictures(source) if not (source / path).resolve().is_relative_to(out.resolve())]
+    if not inside:
+        raise ConfigError(f"{source}: no pictures below it ({', '.join(SUFFIXES)})")
+    return inside
+
+
+def refuse_input_as_output(source: Path, out: Path) -> None:
+    """Raise ConfigError where results would be written over what they are made from."""
+    if out.resolve() == source.resolve():
+        itself, kept = ("folder itself", "originals stay") if source.is_dir() else ("itself", "original stays")
+        raise ConfigError(f"{out}: is the input {itself}; choose another OUT, so that the {kept}")
 
 
 def find_pictures(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from datagen.degradations.resample import imresize
 from infra.files import sha256_of_file
 from infra.tracking import TrackingConfig, tracking_uri
 from pipeline.inference import LoadedModel, RestoreOptions, load_model, resolve_options, restore_array
-from pipeline.pictures import SUFFIXES, Picture, find_pictures, read_picture, write_picture
+from pipeline.pictures import SUFFIXES, Picture, inputs_below, read_picture, refuse_input_as_output, write_picture
 from pipeline.registry import EXPORT, RegistryError, pull
 from training.export import ExportError
 
@@ -164,22 +164,13 @@ def _refuse(message: str) -> int:
 def _pairs(source: Path, out: Path) -> list[tuple[Path, Path]]:
     """What is read, and where its result goes. Raises ValueError where that makes no sense."""
     if source.is_dir():
-        if out.is_file():
-            raise ValueError(f"{out} is a file; a folder of pictures goes into a folder")
-        if out.resolve() == source.resolve():
-            raise ValueError(f"{out}: is the input folder itself; choose another OUT, so that the originals stay")
-        # Results below the input folder are no inputs of the next run.
-        inside = [p for p in find_pictures(source) if not (source / p).resolve().is_relative_to(out.resolve())]
-        if not inside:
-            raise ValueError(f"{source}: no pictures below it ({', '.join(SUFFIXES)})")
-        return [(source / path, out / path) for path in inside]
+        return [(source / path, out / path) for path in inputs_below(source, out)]
     if not source.is_file():
         raise ValueError(f"{source}: no such file or folder")
     result = out / source.name if out.is_dir() or not out.suffix else out
     if result.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{result}: cannot write {result.suffix!r}; choose one of {', '.join(SUFFIXES)}")
-    if result.resolve() == source.resolve():
-        raise ValueError(f"{result}: is the input itself; choose another OUT, so that the original stays")
+    refuse_input_as_output(source, result)
     return [(source, result)]
 
 

@@ -8,33 +8,29 @@ Constants and rounding are those of libjpeg's accurate integer DCT (Loeffler, Li
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datagen.picture.jpeg import LUMA_TABLE, scaled_tables
+
 SUBSAMPLINGS = {"4:2:0": (2, 2), "4:2:2": (1, 2), "4:4:4": (1, 1)}
 """How many rows and columns of luma share one of chroma."""
 
-_LUMA_TABLE = (
-    (16, 11, 10, 16, 24, 40, 51, 61),
-    (12, 12, 14, 19, 26, 58, 60, 55),
-    (14, 13, 16, 24, 40, 57, 69, 56),
-    (14, 17, 22, 29, 51, 87, 80, 62),
-    (18, 22, 37, 56, 68, 109, 103, 77),
-    (24, 35, 55, 64, 81, 104, 113, 92),
-    (49, 64, 78, 87, 103, 121, 120, 101),
-    (72, 92, 95, 98, 112, 100, 103, 99),
+_CHROMA_TABLE = np.array(
+    (
+        (17, 18, 24, 47, 99, 99, 99, 99),
+        (18, 21, 26, 66, 99, 99, 99, 99),
+        (24, 26, 56, 99, 99, 99, 99, 99),
+        (47, 66, 99, 99, 99, 99, 99, 99),
+        (99, 99, 99, 99, 99, 99, 99, 99),
+        (99, 99, 99, 99, 99, 99, 99, 99),
+        (99, 99, 99, 99, 99, 99, 99, 99),
+        (99, 99, 99, 99, 99, 99, 99, 99),
+    )
 )
-_CHROMA_TABLE = (
-    (17, 18, 24, 47, 99, 99, 99, 99),
-    (18, 21, 26, 66, 99, 99, 99, 99),
-    (24, 26, 56, 99, 99, 99, 99, 99),
-    (47, 66, 99, 99, 99, 99, 99, 99),
-    (99, 99, 99, 99, 99, 99, 99, 99),
-    (99, 99, 99, 99, 99, 99, 99, 99),
-    (99, 99, 99, 99, 99, 99, 99, 99),
-    (99, 99, 99, 99, 99, 99, 99, 99),
-)
+"""ITU-T T.81 (1992), table K.2."""
 _DCT = (
     (8192, 8192, 8192, 8192, 8192, 8192, 8192, 8192),
     (11363, 9633, 6437, 2260, -2260, -6437, -9633, -11363),
@@ -59,7 +55,7 @@ def code(levels: Tensor, quality: Sequence[int], subsampling: str) -> Tensor:
     luma, chroma = _to_ycc(levels)
     chroma = _code_blocks(_downsample(chroma, rows, columns), quality, _CHROMA_TABLE)
     chroma = _upsample(chroma[..., : -(-width // columns)], rows, columns)
-    return _to_rgb(_code_blocks(luma, quality, _LUMA_TABLE), chroma[..., :height, :width])
+    return _to_rgb(_code_blocks(luma, quality, LUMA_TABLE), chroma[..., :height, :width])
 
 
 def _to_ycc(levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +110,7 @@ def _neighbours(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return before, after
 
 
-def _code_blocks(planes: Tensor, quality: Sequence[int], table: tuple[tuple[int, ...], ...]) -> Tensor:
+def _code_blocks(planes: Tensor, quality: Sequence[int], table: np.ndarray) -> Tensor:
     """Through the DCT and back: (N, C, H, W) levels; pads to whole blocks and cuts off again."""
     height, width = planes.shape[-2:]
     padded = _extend(planes, 8, 8)
@@ -122,7 +118,7 @@ def _code_blocks(planes: Tensor, quality: Sequence[int], table: tuple[tuple[int,
     blocks = padded.reshape(count, channels, tall // 8, 8, wide // 8, 8).transpose(3, 4) - 128
     dct = planes.new_tensor(_DCT)
     # Frequencies come out transposed, and so are the tables: one transposition serves both directions.
-    steps = _steps(table, quality, planes).mT[:, None, None, None]
+    steps = planes.new_tensor(scaled_tables(table, quality)).mT[:, None, None, None]
     frequencies = _transform(_transform(blocks, dct.T, 11).mT, dct.T, 15)
     scaled = frequencies / (8 * steps)
     quantised = _through(scaled, (scaled + 0.5 * scaled.sign()).trunc())
@@ -133,13 +129,6 @@ def _code_blocks(planes: Tensor, quality: Sequence[int], table: tuple[tuple[int,
 
 def _transform(blocks: Tensor, matrix: Tensor, bits: int) -> Tensor:
     return _floor((blocks.reshape(-1, 8) @ matrix + 2 ** (bits - 1)) / 2**bits).reshape(blocks.shape)
-
-
-def _steps(table: tuple[tuple[int, ...], ...], quality: Sequence[int], like: Tensor) -> Tensor:
-    """The table scaled by each quality factor, as the Independent JPEG Group does it: (N, 8, 8)."""
-    percent = [5000 // one if one < 50 else 200 - 2 * one for one in quality]
-    scaled = like.new_tensor(table) * like.new_tensor(percent)[:, None, None]
-    return ((scaled + 50) / 100).floor().clamp(1, 255)
 
 
 def _extend(x: Tensor, rows: int, columns: int) -> Tensor:

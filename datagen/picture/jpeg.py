@@ -15,7 +15,7 @@ _FRAME_HEADER = struct.Struct(">BHHB")
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 
 # ITU-T T.81 (1992), table K.1: the luma table that the Independent JPEG Group scales with its quality.
-_K1 = np.array(
+LUMA_TABLE = np.array(
     [
         [16, 11, 10, 16, 24, 40, 51, 61],
         [12, 12, 14, 19, 26, 58, 60, 55],
@@ -29,13 +29,14 @@ _K1 = np.array(
 )
 
 
-def _scaled_tables() -> np.ndarray:
-    quality = np.arange(1, 101)
-    scale = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)
-    return np.clip((_K1.reshape(1, 64) * scale[:, None] + 50) // 100, 1, 255)
+def scaled_tables(table: np.ndarray, quality: Sequence[int]) -> np.ndarray:
+    """``table`` as the Independent JPEG Group scales it to each quality 1 … 100: int [len(quality), 8, 8]."""
+    of = np.asarray(quality)
+    percent = np.where(of < 50, 5000 // of, 200 - 2 * of)
+    return np.clip((table * percent[:, None, None] + 50) // 100, 1, 255)
 
 
-_TABLES = _scaled_tables()
+_TABLES = scaled_tables(LUMA_TABLE, range(1, 101)).reshape(100, 64)
 
 
 def estimate_quality(tables: Mapping[int, Sequence[int]]) -> int:
