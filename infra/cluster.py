@@ -26,6 +26,8 @@ FORGIVEN = 5
 _LOST = (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)
 # Only while a task waits for its next try.
 _POLL_SECONDS = 0.2
+# Ray holds back what a signal handler raises until its wait is over: SIGTERM, or the limit of a test.
+_HEED_SECONDS = 1.0
 
 # One for the life of the process: Ray reads it once.
 _TOKEN = secrets.token_hex(32)
@@ -155,8 +157,7 @@ def map_tasks(
             if not pending:
                 time.sleep(_POLL_SECONDS)
                 continue
-            done, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_SECONDS if again else None)
-            for reference in done:
+            for reference in _wait(list(pending), _POLL_SECONDS if again else _HEED_SECONDS):
                 task = pending.pop(reference)
                 try:
                     result = ray.get(reference)
@@ -169,6 +170,14 @@ def map_tasks(
     finally:
         for reference in pending:
             ray.cancel(reference, force=True)
+
+
+def _wait(references: list[ray.ObjectRef], seconds: float) -> list[ray.ObjectRef]:
+    """The first that is done, if one is within that time."""
+    try:
+        return ray.wait(references, num_returns=1, timeout=seconds)[0]
+    except SystemError as error:  # How C code reports what a signal handler raised meanwhile.
+        raise (error.__cause__ or error) from None
 
 
 def _next_task(again: collections.deque[_Task[Item]], fresh: Iterator[_Task[Item]]) -> _Task[Item] | None:

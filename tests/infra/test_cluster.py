@@ -2,6 +2,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +48,10 @@ def die_at_odd(number: int) -> int:
     if number % 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+def hang(_: int) -> None:
+    time.sleep(1000)
 
 
 def memory(_: int) -> int:
@@ -94,6 +100,25 @@ def test_what_on_death_gives_is_run_instead(resources: dict[str, float]) -> None
     assert sorted(map_tasks(die_at_odd, [2, 5, 7, 8], retries=0, on_death=step_aside)) == [2, 4, 6, 8]
     assert sorted(number for number, _ in told) == [5, 7]
     assert all("died unexpectedly" in why for _, why in told)
+
+
+class Told(BaseException):
+    """What a signal handler raises."""
+
+
+def test_a_signal_ends_the_wait_for_a_task_that_hangs(resources: dict[str, float]) -> None:
+    def handler(*_: object) -> None:
+        raise Told
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    messenger = threading.Timer(2, os.kill, (os.getpid(), signal.SIGUSR1))
+    messenger.start()
+    try:
+        with pytest.raises(Told):
+            list(map_tasks(hang, [0]))
+    finally:
+        messenger.join(10)
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_every_task_has_its_tries_to_itself(resources: dict[str, float], tmp_path: Path) -> None:
