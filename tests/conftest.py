@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.dataset import REPOSITORY
 from tests.support.s3 import s3_server  # noqa: F401  (a fixture: pytest finds it here)
+from tests.support.watchdog import Watchdog
 
 # A word in the reason of a skip, and what makes that test run.
 _REMEDIES = {
@@ -37,6 +38,11 @@ _LONGEST = (
     "infra/test_deploy.py",
     "datagen/test_build.py",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing that hangs keeps a run from its end."""
+    config.pluginmanager.register(Watchdog(config))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
