@@ -7,16 +7,17 @@ from typing import Any
 
 import yaml
 
-from datagen.config import DatagenConfig, absolute
+from datagen.config import DatagenConfig, SourceConfig, absolute
 from datagen.dataset import CONFIG, SUMMARY, DatasetError, read_json, write_json
 from datagen.grow import merge_sources, require_same_settings, scan_new
 from datagen.pack.pack import pack, repair_shard
 from datagen.remove import take_down
 from datagen.report import write_report
+from datagen.report.words import plural
 from datagen.scan.retry import rescan_failed
 from datagen.scan.scan import scan
 from datagen.select.select import select
-from datagen.source.listing import SourceError, require_folders
+from datagen.source.listing import SourceError, require_apart, require_folders
 from datagen.verify import Check, table, verify
 from datagen.watch import record_result, watched
 from infra.cluster import connect
@@ -37,8 +38,7 @@ def run_steps(config: DatagenConfig, names: Sequence[str]) -> Store:
     if "scan" in names:
         if not config.source:
             raise SourceError("source: not given; a folder, s3://bucket/prefix, or embedded:pictures")
-        require_folders(config.source, "source")
-        require_folders(config.leak_guard, "leak_guard")
+        _require_places(config, config.source)
     with _working(config) as store:
         for name in names:
             _run(name, STEPS[name], config, store)
@@ -62,7 +62,7 @@ def add(config: DatagenConfig) -> Store:
         raise DatasetError(f"{store.uri}: nothing to add to; `python -m datagen build` makes a dataset")
     recorded = load_config(DatagenConfig, recorded=on_record)
     config, sources = merge_sources(config, recorded.source)
-    require_folders(sources, "source")
+    _require_places(config, sources)
     require_same_settings(config, store)
     with _working(config) as store:
         _run("scan", lambda config, store: scan_new(config, store, sources), config, store)
@@ -112,7 +112,7 @@ def verify_store(store: Store) -> list[Check]:
     faults = sum(len(check.faults) for check in checks)
     _record(store, "verify", {"faults": faults, "seconds": round(time.monotonic() - start, 3)})
     if faults:
-        raise DatasetError(f"{store.uri}: {faults} faults\n{table(checks)}")
+        raise DatasetError(f"{store.uri}: {plural(faults, 'fault')}\n{table(checks)}")
     print(table(checks))
     return checks
 
@@ -125,6 +125,12 @@ def _working(config: DatagenConfig) -> Iterator[Store]:
     sweep(store)
     with connect(config.num_cpus), watched(config, store):
         yield store
+
+
+def _require_places(config: DatagenConfig, sources: Sequence[SourceConfig]) -> None:
+    for role, places in (("source", sources), ("leak_guard", config.leak_guard)):
+        require_folders(places, role)
+        require_apart(places, role, config.out)
 
 
 def _run(name: str, step: Step, config: DatagenConfig, store: Store) -> None:

@@ -76,6 +76,27 @@ def require_folders(sources: Sequence[SourceConfig], role: str) -> None:
         raise SourceError(f"{role} {source.uri!r}: no such folder ({root})")
 
 
+def require_apart(sources: Sequence[SourceConfig], role: str, out: str) -> None:
+    """Refuse an output inside a source: the next listing would take its shards for pictures.
+
+    Raises:
+        SourceError: naming both.
+    """
+    place = _resolved(out)
+    for source in sources:
+        root = _resolved(source.uri)
+        if f"{place}/".startswith(f"{root}/"):
+            raise SourceError(
+                f"out {out!r} lies in {role} {source.uri!r}, so the next run would take its shards for pictures; give "
+                "a place outside"
+            )
+
+
+def _resolved(uri: str) -> str:
+    place = absolute(uri)
+    return place if "://" in place or place.startswith("embedded:") else str(Path(place).resolve())
+
+
 def list_pictures(sources: Sequence[SourceConfig], role: str = "source") -> tuple[list[Picture], int]:
     """Every picture of the sources, loose or in a tar, in order of source and of the UTF-8 bytes of the key.
 

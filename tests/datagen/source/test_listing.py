@@ -1,3 +1,4 @@
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,7 +10,14 @@ import pytest
 from datagen.config import ScanConfig, SourceConfig
 from datagen.scan.row import row_of
 from datagen.source.batches import read_batches, write_batches
-from datagen.source.listing import SourceError, list_pictures, open_source, read_picture, require_folders
+from datagen.source.listing import (
+    SourceError,
+    list_pictures,
+    open_source,
+    read_picture,
+    require_apart,
+    require_folders,
+)
 from infra.storage import StorageError, open_store
 
 ROOT = Path(__file__).parents[3]
@@ -36,6 +44,26 @@ def test_missing_folder_and_folder_without_pictures_are_refused(tmp_path: Path) 
         require_folders((SourceConfig(uri=str(tmp_path / "nowhere")),), "leak_guard")
     with pytest.raises(SourceError, match="no picture there"):
         list_pictures((SourceConfig(uri=str(tmp_path)),))
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "apart"),
+    [
+        ("{here}/raw", "{here}/raw/out", False),
+        ("{here}/raw/", "{here}/raw", False),
+        ("{here}/link", "{here}/raw/out", False),
+        ("s3://bucket", "s3://bucket/out", False),
+        ("{here}/raw", "{here}/raw-out", True),
+        ("s3://bucket/raw", "s3://bucket/out", True),
+        ("embedded:pictures", "{here}/out", True),
+    ],
+)
+def test_an_output_inside_a_source_is_refused(tmp_path: Path, source: str, out: str, apart: bool) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "raw")
+    sources = (SourceConfig(uri=source.format(here=tmp_path)),)
+    with contextlib.nullcontext() if apart else pytest.raises(SourceError, match=r"out .* lies in leak_guard"):
+        require_apart(sources, "leak_guard", out.format(here=tmp_path))
 
 
 def test_the_embedded_corpus_is_a_source() -> None:
@@ -150,7 +178,7 @@ def test_what_may_not_be_read_is_refused_before_any_work(name: str) -> None:
         (Path(folder) / "a.tar").write_bytes(bytes(10240))
         (Path(folder) / name).chmod(0)
         command = [sys.executable, "-c", _UNREADABLE, folder]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert run.stdout.startswith("refused:") and f"{folder}/{name}" in run.stdout, run.stdout + run.stderr
 
 
