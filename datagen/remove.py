@@ -23,7 +23,7 @@ from datagen.dataset import (
     write_table,
 )
 from datagen.scan.inventory import INVENTORY_SCHEMA, REMEMBERING, forget, read_manifest, read_part, write_manifest
-from datagen.trace import find_pictures, read_names
+from datagen.trace import did_you_mean, find_pictures, read_names
 from infra.storage import Store
 
 
@@ -47,7 +47,8 @@ def take_down(store: Store, targets: Sequence[str], note: str) -> list[str]:
     for target in targets:
         found = find_pictures(inventory, target)
         if not found.num_rows:
-            raise DatasetError(f"{store.uri}: {target!r} is no picture of this corpus; nothing was taken down")
+            hint = did_you_mean(inventory, target)
+            raise DatasetError(f"{store.uri}: {target!r} is no picture of this corpus{hint}; nothing was taken down")
         sources |= dict(zip(found.column("source").to_pylist(), found.column("sha256").to_pylist()))
     if None in sources.values():
         unread = [source for source, sha256 in sources.items() if sha256 is None]

@@ -67,8 +67,15 @@ def trace(store: Store, targets: Sequence[str]) -> tuple[str, bool]:
         if not found.num_rows:
             described = [f"  like {near}" for near in _near(store, target)]
             everything &= bool(described)
-        lines += [target, *(described or ["  not in this corpus"])]
+        lines += [target, *(described or [f"  not in this corpus{did_you_mean(inventory, target)}"])]
     return "\n".join(lines), everything
+
+
+def did_you_mean(inventory: pa.Table, target: str) -> str:
+    """What to add to the refusal of a target: the pictures, a few at most, whose file has that name; or nothing."""
+    sources, name = inventory.column("source"), target.rstrip("/").rpartition("/")[2]
+    like = sources.filter(pc.ends_with(sources, f"/{name}")).to_pylist()[:3]
+    return f" under that name; did you mean {' or '.join(like)}?" if like else ""
 
 
 def _describe(store: Store, found: pa.Table) -> list[str]:

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from datagen.dataset import (
-    CONFIG,
     SELECTION,
     DatasetError,
     dataset_id,
@@ -227,8 +226,7 @@ def _differs(store: Store, key: str, sha256: str, repair: str) -> str | None:
         found = "damaged (its sha256 differs)"
     except NotFoundError:
         found = "missing"
-    config = f"{store.uri}/{CONFIG}"
-    return f"{store.uri}/{key}: {found}; `python -m datagen {repair} --config {config}` makes it again, and only it"
+    return f"{store.uri}/{key}: {found}; `python -m datagen {repair} out={store.uri}` makes it again, and only it"
 
 
 def _faults(check: Callable[[str], str | None], keys: list[str]) -> Iterator[str]:

@@ -48,7 +48,11 @@ def test_a_local_file_is_known_by_content_and_a_changed_copy_by_its_hash(built: 
     text, found = trace(store, [str(copy)])
     assert found and f"like {SOURCE}" in text
     text, found = trace(store, [str(other), SOURCE])
-    assert not found and "not in this corpus" in text and SHA256 in text
+    assert not found and "not in this corpus\n" in text and SHA256 in text
+    assert trace(store, ["astronaut.png"]) == (
+        f"astronaut.png\n  not in this corpus under that name; did you mean {SOURCE}?",
+        False,
+    )
 
 
 def test_the_command_answers_with_its_exit_code(built: Path) -> None:

@@ -32,7 +32,8 @@ def test_one_flipped_bit_names_the_shard_and_the_command_that_repairs_it(copied:
     flip_byte(copied / "shards" / "ird-000001.tar", 3000)
     (fault,) = faults(copied)
     assert "shards/ird-000001.tar: damaged" in fault
-    assert f"python -m datagen pack --shard ird-000001.tar --config {copied}/curation/config.yaml" in fault
+    # Of a copy the configuration on record names another place, and this one is to be repaired.
+    assert f"python -m datagen pack --shard ird-000001.tar out={copied}`" in fault
 
 
 @pytest.mark.parametrize(
