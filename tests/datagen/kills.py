@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "datagen" / "demo.yaml"
 # Mean seconds between a sight of work and the next kill.
 PAUSE = 0.6
+# Seconds that one build may take.
+LIMIT = 400.0
 # In turn, so that a short soak has all of them; each but a worker costs a start of Ray.
 VICTIMS = ("worker", "worker", "worker", "driver", "worker", "worker", "worker", "cluster")
 
@@ -90,22 +92,37 @@ def _run(arguments: list[str], out: Path, rng: random.Random, done: collections.
     """Run a build and kill at it; true when it ended well by itself."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(arguments, cwd=ROOT, stdout=log, stderr=log)
-        while process.poll() is None:
-            # Only tasks at work are worth a kill: the start of Ray is most of a short build. Half fall in each step.
-            task = "scan_piece" if done.total() < kills / 2 else "pack_shard"
-            if done.total() >= kills or not _workers(process, task):
-                time.sleep(0.1)
-                continue
-            time.sleep(rng.expovariate(1 / PAUSE))
-            victim = VICTIMS[done.total() % len(VICTIMS)]
-            if process.poll() is None and _kill(victim, process, task, rng):
-                done[f"{victim} in {task}"] += 1
-                if victim != "worker":
-                    process.wait()
-                    return False
+        try:
+            ended = _strike(process, rng, done, kills)
+        except BaseException:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                _kill("cluster", process, "", rng)
+            log.seek(0)
+            print(log.read().decode()[-4000:])
+            raise
         log.seek(0)
-        assert process.returncode == 0, f"a build failed by itself:\n{log.read().decode()[-4000:]}"
-        return True
+        assert not ended or process.returncode == 0, f"a build failed by itself:\n{log.read().decode()[-4000:]}"
+        return ended
+
+
+def _strike(process: subprocess.Popen[bytes], rng: random.Random, done: collections.Counter[str], kills: int) -> bool:
+    """Kill at a build until that ends it, or it ends by itself: true."""
+    ends = time.monotonic() + LIMIT
+    while process.poll() is None:
+        assert time.monotonic() < ends, f"a build did not end within {LIMIT:.0f} s"
+        # Only tasks at work are worth a kill: the start of Ray is most of a short build. Half fall in each step.
+        task = "scan_piece" if done.total() < kills / 2 else "pack_shard"
+        if done.total() >= kills or not _workers(process, task):
+            time.sleep(0.1)
+            continue
+        time.sleep(rng.expovariate(1 / PAUSE))
+        victim = VICTIMS[done.total() % len(VICTIMS)]
+        if process.poll() is None and _kill(victim, process, task, rng):
+            done[f"{victim} in {task}"] += 1
+            if victim != "worker":
+                process.wait(60)
+                return False
+    return True
 
 
 def _kill(victim: str, process: subprocess.Popen[bytes], task: str, rng: random.Random) -> bool:
@@ -148,7 +165,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ird-kills-") as name:
         folder = Path(name)
         crowd = make_crowd(folder / "crowd")
-        subprocess.run(command(crowd, folder / "undisturbed"), cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(command(crowd, folder / "undisturbed"), cwd=ROOT, check=True, capture_output=True, timeout=LIMIT)
         done = soak(given.kills, given.seed, folder, crowd, contents(folder / "undisturbed"))
     print(f"{done.total()} kills in {time.monotonic() - start:.0f} s, every build ended with the same bytes")
     for what, count in sorted(done.items()):

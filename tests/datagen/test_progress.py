@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from datagen.progress import Progress, Standing, followed, spoken
+from tests.support.processes import ended_within
 
 ROOT = Path(__file__).parents[2]
 _STEP = """
@@ -34,17 +36,18 @@ def on_a_terminal(*arguments: str, terminal: str = "xterm") -> str:
     os.close(slave)
     written = b""
     try:
-        while piece := os.read(master, 65536):
+        while select.select([master], [], [], 60)[0] and (piece := os.read(master, 65536)):
             written += piece
     except OSError:  # Linux says so when the other side has closed.
         pass
-    done.wait()
-    os.close(master)
+    finally:
+        os.close(master)
+        ended_within(60, done)
     return written.decode()
 
 
 def test_a_log_has_whole_lines_from_the_start() -> None:
-    done = subprocess.run([sys.executable, "-c", _STEP], stderr=subprocess.PIPE, cwd=ROOT, check=True)
+    done = subprocess.run([sys.executable, "-c", _STEP], stderr=subprocess.PIPE, cwd=ROOT, check=True, timeout=60)
     assert b"\r" not in done.stderr and b"\x1b" not in done.stderr
     first, *_, last = done.stderr.decode().splitlines()
     assert first == "[scan] 0/26 images"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ HIDDEN = ("infra", "datagen", "training", "pipeline", "configs", "tests")
 
 def can_hide_folders() -> bool:
     probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
-    return subprocess.run(probe, capture_output=True).returncode == 0
+    return subprocess.run(probe, capture_output=True, timeout=60).returncode == 0
 
 
 class Cluster:
@@ -48,11 +49,16 @@ class Cluster:
         self.address = f"http://127.0.0.1:{self._dashboard}"
         head = ["--head", f"--port={self.port}", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
         head += [f"--dashboard-port={self._dashboard}", f"--temp-dir={self._session}"]
-        self.nodes = [self._start("head", head)]
-        self._wait_for(f"{self.address}/api/version")
-        self.nodes.append(self._start("worker", [f"--address=127.0.0.1:{self.port}"]))
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        try:
+            self._start("head", head)
+            self._wait_for(f"{self.address}/api/version")
+            self._start("worker", [f"--address=127.0.0.1:{self.port}"])
+        except BaseException:
+            self.end()
+            raise
 
-    def _start(self, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, arguments: list[str]) -> None:
         agent = free_port()
         start = [RAY, "start", "--block", "--num-cpus=1", f"--dashboard-agent-listen-port={agent}", *arguments]
         start += ["--object-store-memory=100000000", "--disable-usage-stats"]
@@ -63,8 +69,8 @@ class Cluster:
         command = ["unshare", "--mount", "bash", "-c", f"{hide} && exec {shlex.join(start)}"]
         with open(home / "ray.log", "wb") as log:
             process = subprocess.Popen(command, cwd=home, env=self.environment, stdout=log, stderr=log)
+        self.nodes.append(process)
         self._wait_for(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", process, home / "ray.log")
-        return process
 
     def _wait_for(self, url: str, process: subprocess.Popen[bytes] | None = None, log: Path | None = None) -> None:
         deadline = time.monotonic() + 120
@@ -83,6 +89,12 @@ class Cluster:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, cwd=ROOT, env=self.environment, **pipes)  # type: ignore[call-overload]
 
+    def end(self) -> None:
+        """Kill all nodes, the head last."""
+        for node in reversed(range(len(self.nodes))):
+            self.kill(node)
+        shutil.rmtree(self._session, ignore_errors=True)
+
     def kill(self, node: int) -> None:
         """Kill a node and all its processes at once."""
         process = self.nodes[node]
@@ -90,7 +102,21 @@ class Cluster:
             for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.send_signal(signal.SIGKILL)
-        process.wait()
+        process.wait(60)
+
+
+def answer_of(job: subprocess.Popen[str]) -> str:
+    """All that it said, when it has ended by itself."""
+    try:
+        return job.communicate(timeout=300)[0]
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"the job did not end: {said_by(job)}")
+
+
+def said_by(job: subprocess.Popen[str]) -> str:
+    """All that it said up to now, and no more from now on."""
+    job.kill()
+    return job.communicate(timeout=60)[0][-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +124,10 @@ def cluster(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> It
     if not can_hide_folders():
         pytest.skip("a node of its own needs a mount namespace: run as root")
     running = Cluster(tmp_path_factory.mktemp("nodes"), s3_server.environment)
-    yield running
-    for node in (1, 0):
-        running.kill(node)
+    try:
+        yield running
+    finally:
+        running.end()
 
 
 @pytest.mark.slow
@@ -111,7 +138,7 @@ def test_a_job_from_elsewhere_gives_the_same_bytes(
     bucket = s3_server.bucket_from(materialise(tmp_path / "corpus"))
     out = f"s3://{s3_server.new_bucket()}/set"
     job = cluster.submit(f"source=s3://{bucket}/pictures", f"leak_guard=s3://{bucket}/held_out", f"out={out}")
-    said, _ = job.communicate(timeout=300)
+    said = answer_of(job)
     assert job.returncode == 0, said[-4000:]
     # The log of a job reads line by line.
     assert "[scan] 26/26 images" in said and "every input accounted for" in said and "\r" not in said
@@ -134,10 +161,10 @@ def test_a_node_that_dies_costs_nothing_but_time(
     store = open_store(out)
     deadline = time.monotonic() + 200
     while sum(1 for _ in store.list("curation/inventory/")) < 3:
-        assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0][-4000:]
+        assert time.monotonic() < deadline and job.poll() is None, said_by(job)
         time.sleep(0.1)
     cluster.kill(1)
-    said, _ = job.communicate(timeout=300)
+    said = answer_of(job)
     assert job.returncode == 0, said[-4000:]
     assert read_dataset_json(store)["totals"]["inputs"] == 40
     assert read_dataset_json(store)["totals"]["failed"] == {}

@@ -17,6 +17,7 @@ from pipeline.pictures import read_picture
 from tests.end_to_end.readme import readme_command
 from tests.support.browser import open_page
 from tests.support.dataset import REPOSITORY
+from tests.support.processes import ended_within
 
 IRD = str(Path(sys.executable).with_name("ird"))
 # The same chain, smaller: how good what it makes is, the demo judges itself; what it does, this test.
@@ -51,11 +52,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [IRD, "demo", "--out", str(place / "run"), *SHORT]
     with open(place / "first.log", "wb") as log:
         process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(place), stdout=log, stderr=log)
-        while not (place / "run/pretrain/out/checkpoints/latest").exists():
-            assert process.poll() is None, (place / "first.log").read_text()
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(90) == 130
+        try:
+            deadline = time.monotonic() + 600
+            while not (place / "run/pretrain/out/checkpoints/latest").exists():
+                assert process.poll() is None and time.monotonic() < deadline, (place / "first.log").read_text()
+                time.sleep(0.05)
+        finally:
+            process.send_signal(signal.SIGINT)
+            code = ended_within(90, process)
+        assert code == 130
     assert "Run the same command again" in (place / "first.log").read_text()
     again = run(command, place)
     (place / "second.log").write_text(again)

@@ -1,6 +1,7 @@
 """The first door, typed as the README has it, on a real Ray cluster. The demo goes through the other two."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -34,8 +35,9 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
     """
     dashboard, agent = free_port(), free_port()
     mine = environment(RAY_AUTH_MODE="disabled")
+    session = f"/tmp/ird-ray-{os.getpid()}"
     command = ["ray", "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=2", "--include-dashboard=true"]
-    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir=/tmp/ird-ray-{os.getpid()}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={session}"]
     # Jobs start through the node's agent, whose port another cluster of this machine may hold.
     command += [f"--dashboard-agent-listen-port={agent}"]
     folder = tmp_path_factory.mktemp("cluster")
@@ -43,18 +45,20 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
         head = subprocess.Popen(command, cwd=folder, env=mine, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{dashboard}"
     try:
+        deadline = time.monotonic() + 180
         while not (
             _answers(f"{address}/api/version") and _answers(f"http://127.0.0.1:{agent}/api/local_raylet_healthz")
         ):
-            assert head.poll() is None, (folder / "ray.log").read_text()
+            assert head.poll() is None and time.monotonic() < deadline, (folder / "ray.log").read_text()
             time.sleep(0.1)
         yield address, mine
     finally:
-        members = psutil.Process(head.pid).children(recursive=True)
+        members = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
         head.terminate()
         _, alive = psutil.wait_procs([head, *members], timeout=20)
         for process in alive:
             process.kill()
+        shutil.rmtree(session, ignore_errors=True)
 
 
 def _answers(url: str) -> bool:

@@ -157,4 +157,4 @@ def _end(nodes: list[subprocess.Popen[bytes]]) -> None:
     for node in nodes:
         if node.poll() is None:
             os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
+            node.wait(60)

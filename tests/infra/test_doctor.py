@@ -135,7 +135,7 @@ def test_a_running_mlflow_server_passes(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert check.detail == f"http://127.0.0.1:{port} answers"
     finally:
         os.killpg(server.pid, 9)
-        server.wait()
+        server.wait(60)
 
 
 def test_mlflow_stores_without_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -280,4 +280,4 @@ def _sshd(folder: Path) -> Iterator[Path]:
         yield client_settings
     finally:
         server.terminate()
-        server.wait()
+        server.wait(60)

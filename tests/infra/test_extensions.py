@@ -115,7 +115,7 @@ def test_a_living_holder_is_waited_for_and_a_killed_one_is_not(
     assert waiting.poll() is None, "it went past a lock whose holder lives"
 
     holder.send_signal(signal.SIGKILL)
-    holder.communicate()
+    holder.communicate(timeout=60)
     output = finish(waiting)
     assert "removed" in output
     assert "compiling" not in output

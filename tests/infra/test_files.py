@@ -20,7 +20,7 @@ def test_writes_and_replaces(tmp_path: Path) -> None:
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     code = "import sys; from infra.files import write_atomically; write_atomically(sys.argv[1], b'')"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "f")], check=True, umask=0o027)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "f")], check=True, umask=0o027, timeout=60)
     assert (tmp_path / "f").stat().st_mode & 0o777 == 0o640
 
 
@@ -43,7 +43,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     assert writer.stdout is not None and writer.stdout.readline() == b"writing\n"
     time.sleep(0.1)
     writer.send_signal(signal.SIGKILL)
-    writer.wait()
+    writer.wait(60)
     assert path.read_bytes() == b"old"
 
 

@@ -53,17 +53,23 @@ def test_children_left_behind_are_ended(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_ends_the_whole_session(tmp_path: Path) -> None:
+    over = threading.Event()
+
     def interrupt_main_thread() -> None:
         while "\nchild" not in (tmp_path / "log.txt").read_text():  # the command line in the log says "child" too
-            time.sleep(0.05)
+            if over.wait(0.05):
+                return
         import _thread
 
         _thread.interrupt_main()
 
     (tmp_path / "log.txt").touch()
-    threading.Thread(target=interrupt_main_thread).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_supervised(python(CHILD + "; p.wait()"), tmp_path)
+    threading.Thread(target=interrupt_main_thread, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_supervised(python(CHILD + "; p.wait()"), tmp_path)
+    finally:
+        over.set()
     pid = child_of(tmp_path / "log.txt")
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
@@ -75,7 +81,9 @@ def test_nothing_is_left_when_the_supervisor_is_killed(tmp_path: Path, sign: sig
     code = "import sys; from pathlib import Path; from infra.launcher import run_supervised\n"
     code += "run_supervised([sys.executable, '-c', sys.argv[1]], Path(sys.argv[2]))"
     supervisor = subprocess.Popen([sys.executable, "-c", code, work, str(tmp_path)])
+    deadline = time.monotonic() + 60
     while not (tmp_path / "log.txt").exists() or "\nchild" not in (tmp_path / "log.txt").read_text():
+        assert supervisor.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     child = psutil.Process(child_of(tmp_path / "log.txt"))
     supervisor.send_signal(sign)

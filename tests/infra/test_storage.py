@@ -319,13 +319,18 @@ def test_a_store_works_in_a_forked_child_and_in_threads(store: Store) -> None:
             os._exit(0 if store.read("shared") == b"data" else 1)
         finally:
             os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    deadline = time.monotonic() + 60
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(ended[1]) == 0
     results: list[bytes] = []
-    threads = [threading.Thread(target=lambda: results.append(store.read("shared"))) for _ in range(16)]
+    threads = [threading.Thread(target=lambda: results.append(store.read("shared")), daemon=True) for _ in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert results == [b"data"] * 16
 
 
@@ -357,14 +362,16 @@ def test_readers_never_see_a_mix_of_two_writers(
     # it only the writers are judged; readers of datasets compare sha256 as well.
     watched = not store.uri.startswith("s3://")
     seen = set()
+    deadline = time.monotonic() + 300
     while watched and any(writer.poll() is None for writer in writers):
+        assert time.monotonic() < deadline
         data = store.read("contested")
         assert data in whole
         store.download("contested", tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() in whole
         seen.add(data[:1])
     for writer in writers:
-        writer.communicate()
+        writer.communicate(timeout=300)
         assert writer.returncode == 0
     assert store.read("contested") in whole
     assert [entry.key for entry in store.list()] == ["contested"]
@@ -668,4 +675,4 @@ def _kill_when(child: "subprocess.Popen[bytes]", condition: Callable[[], object]
         assert time.monotonic() < deadline, "waited for 60 s"
         time.sleep(0.0005)
     child.kill()
-    child.communicate()
+    child.communicate(timeout=60)

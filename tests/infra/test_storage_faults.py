@@ -152,18 +152,18 @@ def test_an_object_replaced_during_its_download_is_never_mixed(
     first_part_read = threading.Event()
 
     def replace() -> None:
-        first_part_read.wait()
+        first_part_read.wait(60)
         s3_server.client.put_object(Bucket=bucket, Key="p/key", Body=new)
 
-    thread = threading.Thread(target=replace)
+    thread = threading.Thread(target=replace, daemon=True)
     thread.start()
-    download = threading.Thread(target=store.download, args=("key", tmp_path / "copy"))
+    download = threading.Thread(target=store.download, args=("key", tmp_path / "copy"), daemon=True)
     download.start()
     while "slow" not in _outcomes(proxy, "GET"):
         assert download.is_alive()
     first_part_read.set()
-    thread.join()
-    download.join()
+    thread.join(60)
+    download.join(60)
     assert (tmp_path / "copy").read_bytes() == new
     assert len(proxy.seen("GET")) > 3
 

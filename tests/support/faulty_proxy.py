@@ -182,4 +182,4 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
     finally:
         server.shutdown()
         server.server_close()
-        thread.join()
+        thread.join(10)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from datagen.degradations import load_recipe
 from infra.config import load_config
-from infra.launcher import free_port, session_processes
+from infra.launcher import end_session, free_port, session_processes
 from tests.support.dataset import REPOSITORY
 from training.checkpoint import load_checkpoint
 from training.corruption import degrade_by_recipe
@@ -60,6 +61,17 @@ def without_launcher(settings: list[str]) -> subprocess.CompletedProcess[str]:
     return run([sys.executable, "-m", "training.pretrain", "--config", str(CONFIG), *settings])
 
 
+_started: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on_training() -> Iterator[None]:
+    """Whatever became of a test: its ranks would take the cores from all that come after."""
+    yield
+    while _started:
+        end_session(_started.pop(), patience=5)
+
+
 def start(settings: list[str], log: Path, until: Path) -> subprocess.Popen[bytes]:
     """Start two ranks in a session of their own, and come back when ``until`` is there."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -67,8 +79,10 @@ def start(settings: list[str], log: Path, until: Path) -> subprocess.Popen[bytes
         process = subprocess.Popen(
             command(settings, 2), cwd=REPOSITORY, env=environment, stdout=said, stderr=said, start_new_session=True
         )
+    _started.append(process.pid)
+    deadline = time.monotonic() + 200
     while not until.exists():
-        assert process.poll() is None, log.read_text()
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
     return process
 
@@ -166,7 +180,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_weights(
     process = start(settings, tmp_path / "log", until=killed / "checkpoints" / "latest")
     for member in list(session_processes(process.pid)):
         member.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait(60)
     assert not (killed / "finished.json").exists()
     again = launch(settings, ranks=2)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -204,7 +218,7 @@ def test_ranks_do_not_outlive_a_killed_launcher(small_dataset: Path, tmp_path: P
     launchers = set(session_processes(process.pid)) - set(ranks)
     for launcher in [process] if killed == "deepspeed alone" else launchers:
         launcher.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait(60)
     _, alive = psutil.wait_procs(ranks, timeout=60)
     for orphan in alive:
         orphan.kill()

@@ -304,7 +304,7 @@ def test_threads_and_forks_have_handles_of_their_own(files: dict[str, bytes], wh
     answers = fork.SimpleQueue()
     with ThreadPoolExecutor(4) as pool:
         busy = pool.map(many, range(1, 17))
-        children = [fork.Process(target=in_a_fork, args=(seed, answers)) for seed in range(4)]
+        children = [fork.Process(target=in_a_fork, args=(seed, answers), daemon=True) for seed in range(4)]
         for child in children:
             child.start()
         assert all(busy)

@@ -164,14 +164,14 @@ def test_workers_killed_from_outside_change_nothing(ray_cluster: None, tmp_path:
                 process.kill()
                 killed.append(process.pid)
 
-    killer = threading.Thread(target=kill_now_and_then)
+    killer = threading.Thread(target=kill_now_and_then, daemon=True)
     killer.start()
     try:
         hunted = make_config(tmp_path / "hunted", settings(source, "slowly"))
         scan(hunted, open_store(hunted.out))
     finally:
         over.set()
-        killer.join()
+        killer.join(60)
     assert killed
     assert part_bytes(tmp_path / "hunted") == part_bytes(tmp_path / "calm")
     assert all(row["verdict"] == "measured" for row in rows_of(tmp_path / "hunted"))
@@ -211,7 +211,7 @@ def test_a_driver_killed_while_pictures_are_taken_one_by_one(
     finally:
         started = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
-        driver.wait()
+        driver.wait(60)
         for process in started:  # Its private cluster, which may outlive it for a while.
             if process.is_running():
                 process.kill()

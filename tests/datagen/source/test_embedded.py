@@ -14,7 +14,8 @@ DIGEST = (
 
 def test_every_process_makes_the_same_corpus() -> None:
     runs = [
-        subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True) for _ in range(2)
+        subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True, timeout=120)
+        for _ in range(2)
     ]
     assert runs[0].stdout == runs[1].stdout
 

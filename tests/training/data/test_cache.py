@@ -185,13 +185,15 @@ def test_a_prefetch_passes_over_what_another_fetches(tmp_path: Path, shards: lis
 
     slow = HookedStore(open_store(tmp_path / "store"), wait)
     quick = HookedStore(open_store(tmp_path / "store"))
-    thread = threading.Thread(target=ShardCache(slow, tmp_path / "cache", 6 * SIZE).fetch, args=[shards[0]])  # type: ignore[arg-type]
+    thread = threading.Thread(
+        target=ShardCache(slow, tmp_path / "cache", 6 * SIZE).fetch, args=[shards[0]], daemon=True
+    )  # type: ignore[arg-type]
     thread.start()
     assert under_way.wait(60)
     ShardCache(quick, tmp_path / "cache", 6 * SIZE).prefetch(shards[:2])  # type: ignore[arg-type]
     wait_until(lambda: whole(tmp_path / "cache") == {shards[1].sha256}, "the other one")
     go_on.set()
-    thread.join()
+    thread.join(60)
     assert (slow.downloads, quick.downloads) == (1, 1)
 
 
@@ -207,10 +209,12 @@ def test_the_limit_holds_while_many_threads_fetch(tmp_path: Path, shards: list[S
                 if os.pread(handle, SIZE, 0) != bytes_of(number):
                     wrong.append(number)
 
-    threads = [threading.Thread(target=read, args=[seed]) for seed in range(4)]
+    threads = [threading.Thread(target=read, args=[seed], daemon=True) for seed in range(4)]
     for thread in threads:
         thread.start()
+    deadline = time.monotonic() + 120
     while any(thread.is_alive() for thread in threads):
+        assert time.monotonic() < deadline
         most = max(most, disk_used(tmp_path / "cache"))
         time.sleep(0.001)
     assert not wrong and 0 < most <= limit and disk_used(tmp_path / "cache") <= limit
@@ -272,7 +276,7 @@ def process(uri: str, folder: Path, shards: list[ShardFile], code: str = _READ_A
         yield started
     finally:
         started.kill()
-        started.communicate()
+        started.communicate(timeout=60)
 
 
 def test_processes_that_want_the_same_shards_fetch_each_once(
@@ -319,7 +323,7 @@ def test_what_a_killed_fetch_left_is_swept_by_the_next_of_any_shard(
     with process(uri, cache, shards[:1]) as first:
         wait_until(lambda: proxy.seen("GET", "0.tar") and list(cache.glob("partial/*/.tmp-*")), "it is under way")
         first.send_signal(signal.SIGKILL)
-        first.wait()
+        first.wait(60)
     assert list(cache.glob("partial/*/.tmp-*"))
     # Without the sweep the dead fetch would keep its place, and two shards would not fit.
     ShardCache(open_store(uri), cache, 2 * SIZE).fetch(shards[1])
@@ -338,7 +342,7 @@ def test_a_child_forked_during_a_fetch_keeps_no_lock(
         child = int(parent.stdout.readline())
         wait_until(lambda: proxy.seen("GET", "0.tar"), "the fetch is under way")
         parent.kill()
-        parent.wait()
+        parent.wait(60)
         try:
             os.kill(child, 0)
             got = ShardCache(open_store(uri), tmp_path / "cache", 10 * SIZE).fetch(shards[0])

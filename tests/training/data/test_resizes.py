@@ -3,6 +3,7 @@
 One sample of their dataset is damaged, so that what stands in for it and the count of losses are put to the test too.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import pytest
 from infra.config import load_config
 from infra.launcher import free_port, read_marker, session_processes
 from tests.support.dataset import REPOSITORY
+from tests.support.processes import ended_within
 from tests.training.data.conftest import SEED, WINDOW, loader
 from training.pretrain import PretrainConfig
 
@@ -50,17 +52,17 @@ def test_two_ranks_then_one_then_two_read_what_one_run_reads(damaged: tuple[Path
     out.mkdir()
     for ranks, workers, until, port in ((2, 1, 7, ports[0]), (1, 2, 15, ports[1])):
         running = launch(out, dataset, ranks, workers, port)
-        deadline = time.monotonic() + 240
-        while not any(line["step"] == until and line["ranks"] == ranks for line in lines(out)):
-            assert running.poll() is None and time.monotonic() < deadline, out.with_suffix(".log").read_text()
-            time.sleep(0.05)
-        for process in session_processes(running.pid):
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
-        running.wait()
-    assert launch(out, dataset, 2, 0, ports[2]).wait(timeout=300) == 0, out.with_suffix(".log").read_text()
+        try:
+            deadline = time.monotonic() + 240
+            while not any(line["step"] == until and line["ranks"] == ranks for line in lines(out)):
+                assert running.poll() is None and time.monotonic() < deadline, out.with_suffix(".log").read_text()
+                time.sleep(0.05)
+        finally:
+            for process in session_processes(running.pid):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL)
+            running.wait(60)
+    assert ended_within(300, launch(out, dataset, 2, 0, ports[2])) == 0, out.with_suffix(".log").read_text()
 
     config = load_config(PretrainConfig, CONFIG, [f"data.dataset={dataset}", f"out={out}"])
     assert config.recipe == "dynet_pretrain"  # what ``loader`` degrades by

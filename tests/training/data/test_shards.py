@@ -267,7 +267,7 @@ def test_forked_and_pickled_readers_open_files_of_their_own(far: tuple[FaultyPro
         reader.prefetch([1, 2])
         assert pickle.loads(pickle.dumps(reader)).read_many(range(4)) == expected[:4]
         with reader._turn:  # As if another thread held it when the process is forked.
-            children = [context.Process(target=_read_all, args=(reader, expected)) for _ in range(2)]
+            children = [context.Process(target=_read_all, args=(reader, expected), daemon=True) for _ in range(2)]
             for child in children:
                 child.start()
         for child in children:
