@@ -41,6 +41,7 @@ class Cluster:
         # Only what any node of a cluster has: no working directory of ours, and the way to the bucket.
         mine["PATH"] = f"{Path(sys.executable).parent}:{mine['PATH']}"
         self.environment = {**mine, **environment, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+        self.environment["RAY_worker_niceness"] = "0"  # Else other tests take the cores from its workers.
         self._folder = folder
         # Two hosts would not share Ray's folder either, and each node's agent unpacks the job's code there afresh.
         self._session = Path(f"/tmp/ird-nodes-{os.getpid()}")

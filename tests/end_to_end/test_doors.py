@@ -34,7 +34,8 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str,
     It is ended by its own processes: ``ray stop`` would end every Ray of this machine, that of other tests too.
     """
     dashboard, agent = free_port(), free_port()
-    mine = environment(RAY_AUTH_MODE="disabled")
+    # Ray's workers are nice, and other tests would take the cores from them.
+    mine = environment(RAY_AUTH_MODE="disabled", RAY_worker_niceness="0")
     session = f"/tmp/ird-ray-{os.getpid()}"
     command = ["ray", "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=2", "--include-dashboard=true"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={session}"]

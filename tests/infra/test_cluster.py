@@ -27,6 +27,10 @@ def thread_counts(_: int) -> tuple[str | None, str | None]:
     return os.environ.get("OMP_NUM_THREADS"), os.environ.get("OPENCV_FOR_THREADS_NUM")
 
 
+def priority(_: int) -> int:
+    return os.getpriority(os.PRIO_PROCESS, 0)
+
+
 def fail_at_three(number: int) -> int:
     if number == 3:
         raise FileNotFoundError("number three")
@@ -61,6 +65,10 @@ def memory(_: int) -> int:
 def test_a_local_cluster_has_the_cores_asked_for_and_pins_threads(resources: dict[str, float]) -> None:
     assert resources["CPU"] == 2
     assert set(map_tasks(thread_counts, range(4))) == {("1", "1")}
+
+
+def test_workers_have_the_priority_of_who_waits_for_them(resources: dict[str, float]) -> None:
+    assert list(map_tasks(priority, [0])) == [os.getpriority(os.PRIO_PROCESS, 0)]
 
 
 def test_every_item_is_run_once(resources: dict[str, float]) -> None:
