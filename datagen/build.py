@@ -14,6 +14,7 @@ from datagen.pack.pack import pack, repair_shard
 from datagen.remove import take_down
 from datagen.report import write_report
 from datagen.report.words import plural
+from datagen.scan.inventory import read_manifest
 from datagen.scan.retry import rescan_failed
 from datagen.scan.scan import scan
 from datagen.select.select import select
@@ -39,7 +40,7 @@ def run_steps(config: DatagenConfig, names: Sequence[str]) -> Store:
         if not config.source:
             raise SourceError("source: not given; a folder, s3://bucket/prefix, or embedded:pictures")
         _require_places(config, config.source)
-    with _working(config) as store:
+    with _working(config, begins="scan" in names) as store:
         for name in names:
             _run(name, STEPS[name], config, store)
     return store
@@ -118,9 +119,15 @@ def verify_store(store: Store) -> list[Check]:
 
 
 @contextlib.contextmanager
-def _working(config: DatagenConfig) -> Iterator[Store]:
-    """The output's store, with the configuration on record, and a cluster to work on."""
+def _working(config: DatagenConfig, *, begins: bool = False) -> Iterator[Store]:
+    """The output's store, with the configuration on record, and a cluster to work on.
+
+    Raises:
+        DatasetError: nothing was scanned there, and this does not begin with a scan; nothing was written.
+    """
     store = open_store(absolute(config.out))
+    if not begins:
+        read_manifest(store)
     store.write(CONFIG, yaml.safe_dump(_resolved(config), sort_keys=False, allow_unicode=True).encode())
     sweep(store)
     with connect(config.num_cpus), watched(config, store):

@@ -54,7 +54,11 @@ def write_card(facts: Facts, store: Store) -> list[str]:
 def card(facts: Facts) -> str:
     """The card as markdown."""
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {"plural": plural, "size": size, "cell": cell, "code": code}
     return environment.get_template("card.md").render(

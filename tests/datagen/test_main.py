@@ -15,14 +15,23 @@ def test_verify_needs_only_the_output(built: Path, capsys: pytest.CaptureFixture
 def test_a_damaged_dataset_exits_1_with_the_repair(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copied / "shards" / "ird-000000.tar").write_bytes(b"")
     assert main(["verify", f"out={copied}"]) == 1
-    assert "python -m datagen pack --shard ird-000000.tar --config" in capsys.readouterr().err
+    assert f"python -m datagen pack --shard ird-000000.tar out={copied}" in capsys.readouterr().err
 
 
 def test_the_repair_repairs(ray_cluster: None, copied: Path) -> None:
     (copied / "shards" / "ird-000000.tar").write_bytes(b"")
-    # The command that verify prints, with the place of this copy.
-    assert main(["pack", "--config", f"{copied}/curation/config.yaml", f"out={copied}"]) == 0
+    # The command that verify prints.
+    assert main(["pack", "--shard", "ird-000000.tar", f"out={copied}"]) == 0
     assert main(["verify", f"out={copied}"]) == 0
+
+
+@pytest.mark.parametrize("command", [["select"], ["pack"], ["retry"], ["remove", "a.jpg"]], ids=lambda words: words[0])
+def test_a_place_where_nothing_was_scanned_is_left_as_it_was(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, f"out={tmp_path / 'mistyped'}"]) == 1
+    assert "no inventory; `python -m datagen scan` makes it" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_new_thresholds_need_no_pixels(ray_cluster: None, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
