@@ -33,7 +33,7 @@ PAUSE = 0.6
 # Seconds that one build may take.
 LIMIT = 400.0
 # In turn, so that a short soak has all of them; each but a worker costs a start of Ray.
-VICTIMS = ("worker", "worker", "worker", "driver", "worker", "worker", "worker", "cluster")
+VICTIMS = ("worker",) * 4 + ("driver",) + ("worker",) * 4 + ("cluster",)
 
 
 def make_crowd(folder: Path, count: int = 60) -> Path:
