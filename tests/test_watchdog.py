@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import psutil
@@ -21,17 +22,22 @@ DEAF = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM]); time.sleep(1
 
 
 def run(folder: Path, tests: str, *options: str) -> "subprocess.CompletedProcess[str]":
+    process = start(folder, tests, *options)
+    try:
+        output, error = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, error)
+
+
+def start(folder: Path, tests: str, *options: str) -> "subprocess.Popen[str]":
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_it.py").write_text("import signal, subprocess, threading, time, pytest\n" + textwrap.dedent(tests))
     mine = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "IRD_TESTS_"))}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={folder}", *options, str(folder)]
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env={**mine, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=120,
+    environment = {**mine, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -96,6 +102,25 @@ def test_what_a_test_leaves_behind_is_named_and_killed(tmp_path: Path) -> None:
     """
     done = run(tmp_path, tests, "--timeout=20")
     assert done.returncode == 0 and "sleep 1234" in done.stderr, done.stdout + done.stderr
+    assert gone(tmp_path / "child")
+
+
+def test_a_run_that_is_told_to_end_takes_all_along(tmp_path: Path) -> None:
+    tests = """
+    def test_long():
+        subprocess.run(["bash", "-c", "setsid sleep 1234 & echo $! > child.tmp; mv child.tmp child; sleep 1000"])
+    """
+    process = start(tmp_path, tests, "-n1")
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "child").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.terminate()
+        output, error = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode in (1, 2) and "sleep 1234" in error, output + error  # 1: it was slow, and was ended
     assert gone(tmp_path / "child")
 
 

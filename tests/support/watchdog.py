@@ -14,6 +14,7 @@ import contextlib
 import faulthandler
 import os
 import secrets
+import signal
 import threading
 import time
 from collections.abc import Generator
@@ -41,6 +42,7 @@ class Watchdog:
         self._leads = "PYTEST_XDIST_WORKER" not in os.environ
         if self._leads:
             os.environ[_RUN] = secrets.token_hex(8)
+            signal.signal(signal.SIGTERM, self._told_to_end)
         session = config.getoption("session_timeout")
         if session and _RUN_ENDS not in os.environ:
             os.environ[_RUN_ENDS] = str(time.monotonic() + session + run_grace)
@@ -65,6 +67,11 @@ class Watchdog:
         if self._leads:
             self._kill(_started_by_this_run(), "left behind by the tests:")
         self._watch("the exit of the process: a thread or child that is waited for does not end", self._grace)
+
+    def _told_to_end(self, *_: object) -> None:
+        """As Ctrl-C does: fixtures are torn down, and nothing is left behind. By default SIGTERM would leave it all."""
+        self._run_ends = min(self._run_ends, time.monotonic() + self._grace)
+        raise KeyboardInterrupt
 
     def _watch(self, what: str, seconds: float) -> None:
         self._what, self._ends = what, time.monotonic() + seconds
