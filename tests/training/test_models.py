@@ -394,7 +394,7 @@ def test_bad_depth_vectors_are_refused(depth: list[int]) -> None:
         model(picture(CONFIGS["dynet"]), depth)
 
 
-class _Stage(Config):
+class Stage(Config):
     model: ModelConfig
 
 
@@ -418,7 +418,7 @@ class _Stage(Config):
 )
 def test_bad_configuration_is_refused_by_key(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(_Stage, None, ["model.name=dynet", *overrides])
+        load_config(Stage, None, ["model.name=dynet", *overrides])
 
 
 @pytest.mark.parametrize("dim", [8, 10, 12, 16, 20, 24, 32, 48])

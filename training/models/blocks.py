@@ -36,6 +36,9 @@ CheckpointLevels = Annotated[
     ),
 ]
 
+# Layer scale [C] of a block's attention and of its feed-forward network.
+Gains = tuple[Tensor, Tensor]
+
 
 def check_heads(channels: int, heads: int, where: str) -> None:
     """Refuse a number of attention heads that does not divide the channels (ValueError naming ``where``)."""
@@ -76,8 +79,8 @@ class MDTA(nn.Module):
         self.qkv_depthwise = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1, groups=3 * channels, bias=False)
         self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape. Norms and softmax are float32 at least, also under autocast."""
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        """[N, C, H, W] -> the same shape, times ``gain`` [C]. Norms and softmax are float32 at least under autocast."""
         batch, channels, height, width = x.shape
         per_head = channels // self.heads
         qkv = self.qkv_depthwise(self.qkv(x)).permute(0, 2, 3, 1).reshape(batch, height * width, 3 * channels)
@@ -91,7 +94,7 @@ class MDTA(nn.Module):
         columns = _pixel_norm(k).view(batch, self.heads, 1, per_head)
         attention = (gram / (rows * columns) * self.temperature).softmax(dim=-1)
 
-        projection = self.project_out.weight.view(channels, self.heads, per_head)
+        projection = _scaled(self.project_out.weight, gain).view(channels, self.heads, per_head)
         mixing = torch.einsum("ohc,nhcd->nohd", projection, attention.to(v.dtype)).reshape(batch, channels, channels)
         out = v @ mixing.transpose(1, 2)
         return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -100,6 +103,11 @@ class MDTA(nn.Module):
 def _pixel_norm(x: Tensor) -> Tensor:
     """[N, HW, C] -> [N, C], the length over pixels, at least 1e-12 as in ``F.normalize``."""
     return torch.linalg.vector_norm(x, dim=1, dtype=_at_least_float32(x)).clamp_min(1e-12)
+
+
+def _scaled(projection: Tensor, gain: Tensor | None) -> Tensor:
+    """A 1x1 convolution's weight [out, in, 1, 1] with its outputs times ``gain`` [out]: no pass over any pixel."""
+    return projection if gain is None else projection * gain.view(-1, 1, 1, 1)
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:
@@ -116,10 +124,10 @@ class GDFN(nn.Module):
         self.depthwise = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
         self.project_out = nn.Conv2d(hidden, channels, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape."""
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        """[N, C, H, W] -> the same shape, times ``gain`` [C]."""
         gate, value = self.depthwise(self.project_in(x)).chunk(2, dim=1)
-        return self.project_out(F.gelu(gate) * value)
+        return F.conv2d(F.gelu(gate) * value, _scaled(self.project_out.weight, gain))
 
 
 class TransformerBlock(nn.Module):
@@ -132,14 +140,17 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(channels)
         self.feed_forward = GDFN(channels, expansion)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape."""
-        x = x + self.attention(self.norm1(x))
-        return x + self.feed_forward(self.norm2(x))
+    def forward(self, x: Tensor, gains: Gains | None = None) -> Tensor:
+        """[N, C, H, W] -> the same shape. ``gains`` scale what attention and feed-forward network add."""
+        attention, feed_forward = gains or (None, None)
+        x = x + self.attention(self.norm1(x), attention)
+        return x + self.feed_forward(self.norm2(x), feed_forward)
 
 
-def apply_blocks(blocks: Iterable[nn.Module], x: Tensor, *, recompute: bool) -> Tensor:
+def apply_blocks(blocks: Iterable[nn.Module], x: Tensor, *, recompute: bool, gains: Gains | None = None) -> Tensor:
     """``x`` through one block after the other; a block that is given twice is applied twice.
+
+    ``gains``, where given, go to each block; the blocks are then transformer blocks.
 
     With ``recompute`` and while gradients are recorded, only the input of each block is kept for the backward pass,
     which then computes the block anew (activation checkpointing). It does so with the weights that the block has by
@@ -148,7 +159,8 @@ def apply_blocks(blocks: Iterable[nn.Module], x: Tensor, *, recompute: bool) -> 
     recompute = recompute and torch.is_grad_enabled()
     for block in blocks:
         # No block draws random numbers, so there is no generator state to keep.
-        x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute else block(x)
+        inputs = (x,) if gains is None else (x, gains)
+        x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if recompute else block(*inputs)
     return x
 
 

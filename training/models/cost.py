@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from training.models import ModelConfig, build_model
-from training.models.blocks import MDTA
+from training.models.blocks import GDFN, MDTA
 from training.models.inputs import Variant
 
 
@@ -68,7 +68,11 @@ def count_cost(config: ModelConfig, variant: Variant, height: int, width: int) -
         macs["convolution"] += output.numel() * channels
         macs["attention"] += 2 * output.numel() * channels // module.heads
 
-    hooks = {nn.Conv2d: convolution, nn.Linear: linear, MDTA: attention}
+    def feed_forward(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        assert isinstance(module, GDFN)
+        macs["convolution"] += output.numel() * module.project_out.in_channels
+
+    hooks = {nn.Conv2d: convolution, nn.Linear: linear, MDTA: attention, GDFN: feed_forward}
     for module in model.modules():
         if type(module) in hooks:
             module.register_forward_hook(hooks[type(module)])
