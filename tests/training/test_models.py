@@ -257,8 +257,12 @@ def test_block_equals_its_equations(name: str, layout: torch.memory_format, size
     with torch.no_grad():
         for p in block.parameters():
             p += 0.2 * torch.randn_like(p)  # temperatures and norms start at 1 and 0, which hides mistakes
-    x = torch.randn(2, channels, *size).to(memory_format=layout).requires_grad_()
-    assert_equals_plain(block, x, block(x), reference)
+    x = torch.randn(2, channels, *size).to(memory_format=layout)
+    if size == (1, 1):
+        # At a single pixel every cosine is 1 or -1 whatever the query, and float32 leaves of its slope only rounding.
+        x, block = x.double(), block.double()
+    x.requires_grad_()
+    assert_equals_plain(block, x, block(x), reference, 1e-9 if size == (1, 1) else 1e-5)
 
 
 def test_a_block_compiles_as_one_graph_forward_and_backward() -> None:

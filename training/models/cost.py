@@ -65,12 +65,15 @@ def count_cost(config: ModelConfig, variant: Variant, height: int, width: int) -
     def attention(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, MDTA)
         channels = output.shape[1]
-        macs["convolution"] += output.numel() * channels
+        # The 1x1 convolutions before and behind; the depthwise one is called as a module.
+        macs["convolution"] += output.numel() * 4 * channels
         macs["attention"] += 2 * output.numel() * channels // module.heads
 
     def feed_forward(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, GDFN)
-        macs["convolution"] += output.numel() * module.project_out.in_channels
+        hidden = module.project_out.in_channels
+        # 1x1 to both halves, 3x3 depthwise, 1x1 back.
+        macs["convolution"] += output.numel() * 3 * hidden + output[:, 0].numel() * 2 * hidden * 9
 
     hooks = {nn.Conv2d: convolution, nn.Linear: linear, MDTA: attention, GDFN: feed_forward}
     for module in model.modules():
