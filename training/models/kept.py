@@ -144,10 +144,15 @@ def _cosines(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 
 def _mixing(attention: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Projection times attention, [N, C, C]: the values are then read once, and nothing of their size is kept."""
+    """Projection times attention, [N, C, C]: the values are then read once, and nothing of their size is kept.
+
+    Rounded to ``dtype`` once: an error here is one and the same at every pixel.
+    """
     batch, heads, per_head, _ = attention.shape
-    by_head = weight.to(dtype).view(len(weight), heads, per_head)
-    return torch.einsum("ohc,nhcd->nohd", by_head, attention.to(dtype)).reshape(batch, len(weight), -1)
+    with torch.autocast(attention.device.type, enabled=False):
+        by_head = weight.to(attention.dtype).view(len(weight), heads, per_head)
+        mixing = torch.einsum("ohc,nhcd->nohd", by_head, attention)
+    return mixing.reshape(batch, len(weight), -1).to(dtype)
 
 
 def _mix(qkv: Tensor, attention: Tensor, weight: Tensor) -> Tensor:
@@ -170,10 +175,10 @@ class _ChannelAttention(Function):
         channels, dtype = heads * per_head, qkv.dtype
 
         # Of the small matrices.
-        to_mixing = (gradient.transpose(1, 2) @ values).view(batch, channels, heads, per_head)
-        to_weight = torch.einsum("nohd,nhcd->ohc", to_mixing, attention.to(dtype)).reshape(channels, channels)
-        by_head = weight.to(dtype).view(channels, heads, per_head)
-        to_attention = torch.einsum("nohd,ohc->nhcd", to_mixing, by_head).to(attention.dtype)
+        to_mixing = (gradient.transpose(1, 2) @ values).view(batch, channels, heads, per_head).to(attention.dtype)
+        to_weight = torch.einsum("nohd,nhcd->ohc", to_mixing, attention).reshape(channels, channels)
+        by_head = weight.to(attention.dtype).view(channels, heads, per_head)
+        to_attention = torch.einsum("nohd,ohc->nhcd", to_mixing, by_head)
         along = (to_attention * attention).sum(dim=-1, keepdim=True)
         to_logits = attention * (to_attention - along)
         to_temperature = (to_logits * cosine).sum(dim=(0, 2, 3)).view_as(temperature)
