@@ -9,6 +9,7 @@ All tensors have channels last: [..., C]. The steps can be differentiated once.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, cast
 
@@ -68,12 +69,17 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def _backward(function: Callable[..., Any]) -> Any:
     """A backward pass in the dtypes of its tensors, whatever autocast says where it is called."""
 
     @wraps(function)
     def run(ctx: Any, gradient: Tensor) -> Any:
-        with torch.autocast(gradient.device.type, enabled=False):
+        with _no_autocast(gradient):
             return function(ctx, gradient)
 
     return staticmethod(once_differentiable(run))
@@ -149,7 +155,7 @@ def _mixing(attention: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     Rounded to ``dtype`` once: an error here is one and the same at every pixel.
     """
     batch, heads, per_head, _ = attention.shape
-    with torch.autocast(attention.device.type, enabled=False):
+    with _no_autocast(attention):
         by_head = weight.to(attention.dtype).view(len(weight), heads, per_head)
         mixing = torch.einsum("ohc,nhcd->nohd", by_head, attention)
     return mixing.reshape(batch, len(weight), -1).to(dtype)
