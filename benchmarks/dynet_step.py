@@ -4,9 +4,9 @@
 
 The published network is the plain one of ``tests/training/public_networks.py``, float32 as published and under the
 same bf16 autocast; ours gets its weights through the checkpoint import. Before anything is timed, pictures and
-gradients of both are compared (``check_equal``). A step is forward, L1, backward and Adam; then all take turns, and
-a ratio is the median over the rounds. On the CPU, ratios and shares are by CPU time of the process, so that other
-work on the machine counts little; images a second are by the clock.
+gradients of both are compared (``check_equal``). A step is forward, L1, backward and Adam; then all take turns. On a
+GPU a figure is of the median time by the clock; on the CPU of the least CPU time of the process, so that other work on
+the machine counts little.
 
 Memory is the most that was allocated at any time in a step: weights, Adam's state, gradients, activations, temporary
 tensors (CUDA: ``torch.cuda.max_memory_allocated``; CPU: the profiler's record of torch's allocator, which does not
@@ -41,8 +41,7 @@ from torch.profiler import ProfilerActivity, profile
 from infra.files import write_atomically
 from tests.training.public_networks import PublicRestorer
 from training.loop import code_version
-from training.models import DyNetConfig, ModelConfig, build_model
-from training.models.blocks import TransformerBlock
+from training.models import DyNetConfig, ModelConfig, build_model, compile_blocks
 from training.models.cost import count_cost
 from training.public_checkpoints import match_checkpoint
 from training.public_names import Kind, public_name
@@ -95,7 +94,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="8 on a GPU, 1 on a CPU")
     parser.add_argument("--dim", type=int, default=48, help="channels at level 1; prompts scale with them")
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="both, where the device computes bf16")
-    parser.add_argument("--rounds", type=int, help="20 on a GPU, 2 on a CPU; one more comes before, to warm up")
+    parser.add_argument("--rounds", type=int, help="20 on a GPU, 2 on a CPU")
     parser.add_argument("--compile", action="store_true", help="ours: torch.compile of each transformer block")
     parser.add_argument("--channels-last", action="store_true", help="ours: weights and pictures in that memory layout")
     parser.add_argument("--checkpoint-levels", type=int, nargs="*", default=[], help="ours: levels 1 to 4 to recompute")
@@ -110,9 +109,6 @@ def main() -> None:
     given.precision = given.precision or (["fp32", "bf16"] if on_gpu or _cpu_computes_bf16() else ["fp32"])
     if any(patch % 8 or patch < CHECK_PATCH // 2 for patch in given.patch):
         parser.error(f"--patch: {given.patch}; the published networks take multiples of 8, here from 32 on")
-    if given.compile:
-        # One for each number of channels, size of picture, precision and mode, all of the same forward.
-        torch._dynamo.config.recompile_limit = 256
     groups = []
     for variant in given.variants:
         contenders, config = make_contenders(variant, given)
@@ -159,9 +155,7 @@ def make_contenders(variant: str, given: argparse.Namespace) -> tuple[list[Conte
     if given.channels_last:
         ours.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if given.compile:
-        for module in ours.modules():
-            if isinstance(module, TransformerBlock):
-                module.compile(dynamic=False)
+        compile_blocks(ours)
     contenders = []
     for name, network, depth in (
         ("published", public.to(given.device), depths.get(variant, (1, 1, 1, 1))),
@@ -247,23 +241,20 @@ def measure(
     jobs |= {(name,): job for name, (job, _) in ceilings.items()}
     seconds = time_in_turns(jobs, given)
 
-    by = 1 if given.device == "cuda" else 0  # The clock, or CPU time.
-    rates = {name: amount / statistics.median(s[by] for s in seconds[name,]) for name, amount in work.items()}
+    taken = {key: _typical(each, given.device) for key, each in seconds.items()}
+    rates = {name: amount / taken[name,] for name, amount in work.items()}
     figures = []
     for key, used in memory.items():
         name, precision, mode = key
-        mine = statistics.median(s[by] for s in seconds[key])
+        mine = taken[key]
         flop = 2 * macs * (3 if mode == "training" else 1)
-        faster = {
-            base: statistics.median(b[by] / a[by] for a, b in zip(seconds[key], seconds["published", base, mode]))
-            for base in given.precision
-        }
+        faster = {base: taken["published", base, mode] / mine for base in given.precision}
         figures.append(
             {
                 "network": name,
                 "precision": precision,
                 "mode": mode,
-                "images_per_second": given.batch / statistics.median(clock for _, clock in seconds[key]),
+                "images_per_second": given.batch / mine,
                 "cpu_seconds": [cpu for cpu, _ in seconds[key]],
                 "clock_seconds": [clock for _, clock in seconds[key]],
                 "times_published": faster[precision],
@@ -278,17 +269,22 @@ def measure(
 
 
 def time_in_turns(jobs: dict[tuple[str, ...], Job], given: argparse.Namespace) -> dict[tuple[str, ...], list[Seconds]]:
-    """Every job once a round, each second round in the opposite order; the first round is not counted."""
+    """Every job once a round, each second round in the opposite order; each has run twice before."""
     seconds: dict[tuple[str, ...], list[Seconds]] = {key: [] for key in jobs}
-    for number in range(given.rounds + 1):
+    for number in range(given.rounds):
         for key in list(jobs)[:: 1 if number % 2 else -1]:
             synchronise(given.device)
             cpu, clock = time.process_time(), time.perf_counter()
             jobs[key]()
             synchronise(given.device)
-            if number:
-                seconds[key].append((time.process_time() - cpu, time.perf_counter() - clock))
+            seconds[key].append((time.process_time() - cpu, time.perf_counter() - clock))
     return seconds
+
+
+def _typical(seconds: list[Seconds], device: str) -> float:
+    if device == "cuda":
+        return statistics.median(clock for _, clock in seconds)
+    return min(cpu for cpu, _ in seconds)
 
 
 def synchronise(device: str) -> None:
@@ -370,7 +366,16 @@ def print_group(group: dict[str, Any], given: argparse.Namespace) -> None:
     title = f"{group['variant']}, {given.batch} x {group['patch']}x{group['patch']}, dim {given.dim}; ceilings: {rates}"
     table = Table(title=f"{title} (GFLOP or GB a second)")
     table.add_column("")
-    for heading in ("images/s", "x published", "x fp32", "peak MiB", "of published", "saved MiB", "matmul", "copy"):
+    for heading in (
+        "images/s" if given.device == "cuda" else "images/CPU s",
+        "x published",
+        "x fp32",
+        "peak MiB",
+        "of published",
+        "saved MiB",
+        "matmul",
+        "copy",
+    ):
         table.add_column(heading, justify="right")
     for figure in sorted(group["figures"], key=lambda figure: figure["mode"] == "inference"):
         used = figure["bytes"]

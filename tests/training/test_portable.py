@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.training.test_models import CONFIGS, assert_close, built, picture
+from tests.training.networks import CONFIGS, assert_close, built, picture
 from training.export import ExportError, save_export
 from training.models import DyNetConfig, ModelConfig, variants_of
 from training.portable import METADATA, PortableError, export_portable

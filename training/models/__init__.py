@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import nn
 
+from training.models.compilation import compile_blocks
 from training.models.dynet import DyNet, DyNetConfig
 from training.models.edsr import EDSR, MDSR, EDSRConfig, MDSRConfig
 from training.models.mzsr import MZSR, MZSRConfig
@@ -28,6 +29,7 @@ __all__ = [
     "PromptIR",
     "PromptIRConfig",
     "build_model",
+    "compile_blocks",
     "scale_of",
     "variants_of",
 ]

@@ -16,6 +16,8 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from training.models.kept import channel_attention, gated_projection, layer_norm, normed_projection
+
 
 def _each_once(levels: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(levels)) != len(levels):
@@ -36,6 +38,9 @@ CheckpointLevels = Annotated[
     ),
 ]
 
+# Layer scale [C] of a block's attention and of its feed-forward network.
+Gains = tuple[Tensor, Tensor]
+
 
 def check_heads(channels: int, heads: int, where: str) -> None:
     """Refuse a number of attention heads that does not divide the channels (ValueError naming ``where``)."""
@@ -53,9 +58,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same shape, in channels-last memory and float32 at least; no copy where ``x`` is both."""
-        # Under autocast CPU kernels take bfloat16 as it comes, and their gradients of weight and bias are then far off.
-        pixels = x.permute(0, 2, 3, 1).to(_at_least_float32(x))
-        return F.layer_norm(pixels, self.weight.shape, self.weight, self.bias, eps=1e-5).permute(0, 3, 1, 2)
+        return _planes(layer_norm(_pixels(x), self.weight, self.bias))
 
 
 class MDTA(nn.Module):
@@ -64,8 +67,7 @@ class MDTA(nn.Module):
     Published form, a head at a time: ``softmax(normalise(Q) normalise(K)^T * temperature) V``, then a 1x1
     projection; Q and K are normalised over all pixels. Two rearrangements, equal in exact arithmetic, save
     passes over full-resolution tensors: the Gram matrix is divided by the norms of its rows and columns
-    instead of normalising Q and K, and the projection is multiplied into the small attention matrices, so
-    that V is read once and nothing of its size is kept for the backward pass.
+    instead of normalising Q and K, and the projection is multiplied into the small attention matrices.
     """
 
     def __init__(self, channels: int, heads: int) -> None:
@@ -76,38 +78,25 @@ class MDTA(nn.Module):
         self.qkv_depthwise = nn.Conv2d(3 * channels, 3 * channels, 3, padding=1, groups=3 * channels, bias=False)
         self.project_out = nn.Conv2d(channels, channels, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape. Norms and softmax are float32 at least, also under autocast."""
+    def forward(self, x: Tensor, norm: LayerNorm | None = None, gain: Tensor | None = None) -> Tensor:
+        """[N, C, H, W] -> the same shape, behind ``norm`` and times ``gain`` [C] where they are given.
+
+        Norms and softmax are float32 at least, also under autocast.
+        """
         batch, channels, height, width = x.shape
-        per_head = channels // self.heads
-        qkv = self.qkv_depthwise(self.qkv(x)).permute(0, 2, 3, 1).reshape(batch, height * width, 3 * channels)
-        q, k, v = qkv.chunk(3, dim=-1)
-
-        # One product over all channels and its diagonal blocks: one kernel without a copy, where products per
-        # head would first have to gather each head's channels.
-        gram = (q.transpose(1, 2) @ k).view(batch, self.heads, per_head, self.heads, per_head)
-        gram = gram.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).to(_at_least_float32(gram))
-        rows = _pixel_norm(q).view(batch, self.heads, per_head, 1)
-        columns = _pixel_norm(k).view(batch, self.heads, 1, per_head)
-        attention = (gram / (rows * columns) * self.temperature).softmax(dim=-1)
-
-        projection = self.project_out.weight.view(channels, self.heads, per_head)
-        mixing = torch.einsum("ohc,nhcd->nohd", projection, attention.to(v.dtype)).reshape(batch, channels, channels)
-        out = v @ mixing.transpose(1, 2)
-        return out.view(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
-def _pixel_norm(x: Tensor) -> Tensor:
-    """[N, HW, C] -> [N, C], the length over pixels, at least 1e-12 as in ``F.normalize``."""
-    return torch.linalg.vector_norm(x, dim=1, dtype=_at_least_float32(x)).clamp_min(1e-12)
-
-
-def _at_least_float32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+        qkv = _pixels(self.qkv_depthwise(_planes(_project(_pixels(x), norm, self.qkv.weight.flatten(1)))))
+        projection = _scaled(self.project_out.weight.flatten(1), gain)
+        out = channel_attention(qkv.reshape(batch, height * width, 3 * channels), self.temperature, projection)
+        return _planes(out.view(batch, height, width, channels))
 
 
 class GDFN(nn.Module):
-    """Gated-Dconv feed-forward network (Restormer eq. 2): ``W (gelu(a) * b)``, a and b from 1x1 then 3x3 depthwise."""
+    """Gated-Dconv feed-forward network (Restormer eq. 2): ``W (gelu(a) * b)``, a and b from 1x1 then 3x3 depthwise.
+
+    The published widths of a and b (127, 255, 510, 1021, ...) leave every row of pixels off the boundaries that
+    processors read at. Both are computed with channels of zero weights up to a multiple of 16: the values are the
+    same, and half of the depthwise convolution's time is saved.
+    """
 
     def __init__(self, channels: int, expansion: float) -> None:
         super().__init__()
@@ -116,10 +105,42 @@ class GDFN(nn.Module):
         self.depthwise = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
         self.project_out = nn.Conv2d(hidden, channels, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape."""
-        gate, value = self.depthwise(self.project_in(x)).chunk(2, dim=1)
-        return self.project_out(F.gelu(gate) * value)
+    def forward(self, x: Tensor, norm: LayerNorm | None = None, gain: Tensor | None = None) -> Tensor:
+        """[N, C, H, W] -> the same shape, behind ``norm`` and times ``gain`` [C] where they are given."""
+        # A file for other programs stays free of it.
+        more = 0 if torch.compiler.is_exporting() else -self.project_out.in_channels % 16
+        depthwise = _widened(self.depthwise.weight, more)
+        hidden = _planes(_project(_pixels(x), norm, _widened(self.project_in.weight.flatten(1), more)))
+        hidden = F.conv2d(hidden, depthwise, padding=1, groups=len(depthwise))
+        projection = F.pad(_scaled(self.project_out.weight.flatten(1), gain), (0, more))
+        return _planes(gated_projection(_pixels(hidden), projection))
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, H, W, C], a view."""
+    return x.permute(0, 2, 3, 1)
+
+
+def _planes(x: Tensor) -> Tensor:
+    """[N, H, W, C] -> [N, C, H, W], a view."""
+    return x.permute(0, 3, 1, 2)
+
+
+def _project(x: Tensor, norm: LayerNorm | None, weight: Tensor) -> Tensor:
+    return F.linear(x, weight) if norm is None else normed_projection(x, norm.weight, norm.bias, weight)
+
+
+def _scaled(projection: Tensor, gain: Tensor | None) -> Tensor:
+    """A projection [out, in] with its outputs times ``gain`` [out]: no pass over any pixel."""
+    return projection if gain is None else projection * gain.view(-1, 1)
+
+
+def _widened(weight: Tensor, more: int) -> Tensor:
+    """[2 D, ...] -> [2 (D + more), ...]: each half of the outputs with ``more`` outputs of zero weights behind it."""
+    if not more:
+        return weight
+    halves = weight.unflatten(0, (2, -1))
+    return F.pad(halves, (0, 0) * (weight.dim() - 1) + (0, more)).flatten(0, 1)
 
 
 class TransformerBlock(nn.Module):
@@ -132,14 +153,17 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(channels)
         self.feed_forward = GDFN(channels, expansion)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape."""
-        x = x + self.attention(self.norm1(x))
-        return x + self.feed_forward(self.norm2(x))
+    def forward(self, x: Tensor, gains: Gains | None = None) -> Tensor:
+        """[N, C, H, W] -> the same shape. ``gains`` scale what attention and feed-forward network add."""
+        attention, feed_forward = gains or (None, None)
+        x = x + self.attention(x, self.norm1, attention)
+        return x + self.feed_forward(x, self.norm2, feed_forward)
 
 
-def apply_blocks(blocks: Iterable[nn.Module], x: Tensor, *, recompute: bool) -> Tensor:
+def apply_blocks(blocks: Iterable[nn.Module], x: Tensor, *, recompute: bool, gains: Gains | None = None) -> Tensor:
     """``x`` through one block after the other; a block that is given twice is applied twice.
+
+    ``gains``, where given, go to each block; the blocks are then transformer blocks.
 
     With ``recompute`` and while gradients are recorded, only the input of each block is kept for the backward pass,
     which then computes the block anew (activation checkpointing). It does so with the weights that the block has by
@@ -148,7 +172,8 @@ def apply_blocks(blocks: Iterable[nn.Module], x: Tensor, *, recompute: bool) -> 
     recompute = recompute and torch.is_grad_enabled()
     for block in blocks:
         # No block draws random numbers, so there is no generator state to keep.
-        x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute else block(x)
+        inputs = (x,) if gains is None else (x, gains)
+        x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if recompute else block(*inputs)
     return x
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from training.models import ModelConfig, build_model
-from training.models.blocks import MDTA
+from training.models.blocks import GDFN, MDTA
 from training.models.inputs import Variant
 
 
@@ -65,10 +65,17 @@ def count_cost(config: ModelConfig, variant: Variant, height: int, width: int) -
     def attention(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, MDTA)
         channels = output.shape[1]
-        macs["convolution"] += output.numel() * channels
+        # The 1x1 convolutions before and behind; the depthwise one is called as a module.
+        macs["convolution"] += output.numel() * 4 * channels
         macs["attention"] += 2 * output.numel() * channels // module.heads
 
-    hooks = {nn.Conv2d: convolution, nn.Linear: linear, MDTA: attention}
+    def feed_forward(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        assert isinstance(module, GDFN)
+        hidden = module.project_out.in_channels
+        # 1x1 to both halves, 3x3 depthwise, 1x1 back.
+        macs["convolution"] += output.numel() * 3 * hidden + output[:, 0].numel() * 2 * hidden * 9
+
+    hooks = {nn.Conv2d: convolution, nn.Linear: linear, MDTA: attention, GDFN: feed_forward}
     for module in model.modules():
         if type(module) in hooks:
             module.register_forward_hook(hooks[type(module)])

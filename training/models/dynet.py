@@ -4,6 +4,7 @@ A four-level encoder-decoder of Restormer blocks with one block a level, applied
 The same weights serve every depth, so a variant is an argument of ``forward`` and not another model.
 """
 
+from collections.abc import Sequence
 from itertools import repeat
 from typing import Literal
 
@@ -15,6 +16,7 @@ from infra.config import Config
 from training.models.blocks import (
     CheckpointLevels,
     Downsample,
+    Gains,
     PromptBlock,
     TransformerBlock,
     Upsample,
@@ -25,6 +27,8 @@ from training.models.inputs import Variant, check_image, pad_to_multiple
 
 # Three halvings between the input and the latent.
 STRIDE = 8
+
+Depth = tuple[int, int, int, int]
 
 
 class DyNetConfig(Config):
@@ -55,6 +59,14 @@ class DyNetConfig(Config):
     prompt_sizes: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (128, 64, 32, 16)
     prompt_heads: PositiveInt = 4
     checkpoint_levels: CheckpointLevels = ()
+    # Left out of what is saved while false, as ``checkpoint_levels`` while empty.
+    variant_gains: bool = Field(
+        False,
+        exclude_if=lambda gains: not gains,
+        description="each variant has its own layer scale, initialised to 1, on the two residual branches of each "
+        "repeated block, so that shared weights need not suit every depth alike: 2,208 weights a variant, 0.01 % "
+        "(private scales for shared weights: slimmable networks, arXiv 1812.08928; NASViT, ICLR 2022)",
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "DyNetConfig":
@@ -67,6 +79,8 @@ class DyNetConfig(Config):
                 check_heads(
                     (self.dim << level) + prompt, self.prompt_heads, f"prompt_heads: prompt at level {level + 1}"
                 )
+        if self.variant_gains and any("." in name for name in self.variants):
+            raise ValueError(f"variants: with variant_gains a name holds no dot, got {', '.join(self.variants)}")
         return self
 
     @property
@@ -140,7 +154,23 @@ class DyNet(nn.Module):
         self.refinement = nn.Sequential(*(block(level1, heads[0]) for _ in range(config.refinement_blocks)))
         self.output = nn.Conv2d(level1, config.channels, 3, padding=1, bias=False)
 
-    def depth_of(self, variant: Variant) -> tuple[int, int, int, int]:
+        widths = {"encoder1": dim, "encoder2": 2 * dim, "encoder3": 4 * dim, "latent": 8 * dim}
+        widths |= {"decoder3": 4 * dim, "decoder2": 2 * dim, "decoder1": level1}
+        self.gains = nn.ModuleDict(
+            {
+                name: nn.ParameterDict(
+                    {
+                        f"{variant}_{branch}": torch.ones(width)
+                        for variant in config.variants
+                        for branch in ("attention", "feed_forward")
+                    }
+                )
+                for name, width in widths.items()
+                if config.variant_gains
+            }
+        )
+
+    def depth_of(self, variant: Variant) -> Depth:
         """How often the blocks of levels 1, 2, 3 and of the latent run for a variant's name or an explicit vector.
 
         Raises:
@@ -156,35 +186,95 @@ class DyNet(nn.Module):
             "(repeats at levels 1, 2, 3 and at the latent)"
         )
 
-    def forward(self, image: Tensor, variant: Variant = "large") -> Tensor:
+    def gains_of(self, variant: Variant) -> str:
+        """Name of the variant whose gains apply: for a depth vector, the one nearest in number of block applications.
+
+        Of two that are equally near, the deeper. Raises ValueError as ``depth_of``.
+        """
+        depth = self.depth_of(variant)
+        if isinstance(variant, str):
+            return variant
+
+        def distance(name: str) -> tuple[bool, int, int]:
+            own = self.variants[name]
+            return own != depth, abs(_applications(own) - _applications(depth)), -_applications(own)
+
+        return min(self.variants, key=distance)
+
+    def forward(
+        self, image: Tensor, variant: Variant = "large", *, variants: Sequence[Variant] | None = None
+    ) -> Tensor | list[Tensor]:
         """Restore ``image`` [N, channels, H, W], floating point in [0, 1], any H and W, at a variant's depth.
 
-        Returns the same shape; not clamped, so that a loss sees how far it overshoots.
+        Args:
+            variants: several depths for the same pictures, instead of ``variant``. What their computations have in
+                common from the start is done once: the embedding, and the repeats at level 1 of the encoder (with
+                ``variant_gains`` the embedding alone). Outputs equal those of separate calls bit for bit.
+
+        Returns:
+            The same shape; not clamped, so that a loss sees how far it overshoots. With ``variants``, a list of them.
 
         Raises:
-            ValueError: wrong shape, dtype or channels, or no such variant.
+            ValueError: wrong shape, dtype or channels, no such variant, or an empty list of them.
         """
         check_image(image, self.channels, "DyNet")
-        n1, n2, n3, n4 = self.depth_of(variant)
+        wanted = [variant] if variants is None else list(variants)
+        if not wanted:
+            raise ValueError("DyNet: variants is empty; name at least one, or leave it out")
+        for each in wanted:
+            self.depth_of(each)
         height, width = image.shape[-2:]
         padded = pad_to_multiple(image, STRIDE).contiguous(memory_format=torch.channels_last)
 
-        skip1 = self._blocks(1, self.encoder1, self.embed(padded), n1)
-        skip2 = self._blocks(2, self.encoder2, self.down1_2(skip1), n2)
-        skip3 = self._blocks(3, self.encoder3, self.down2_3(skip2), n3)
-        x = self._blocks(4, self.latent, self.down3_4(skip3), n4)
+        restored = [
+            (self._behind_level1(skip1, each) + padded)[..., :height, :width]
+            for skip1, each in zip(self._level1(self.embed(padded), wanted), wanted)
+        ]
+        return restored[0] if variants is None else restored
+
+    def _level1(self, x: Tensor, variants: list[Variant]) -> list[Tensor]:
+        """Features behind level 1 of the encoder, [N, dim, H, W], for each variant."""
+        if self.gains:
+            return [self._trunk(1, "encoder1", x, variant) for variant in variants]
+        times = [self.depth_of(variant)[0] for variant in variants]
+        after: dict[int, Tensor] = {}
+        for number in range(1, max(times) + 1):
+            x = self._blocks(1, self.encoder1, x)
+            if number in times:
+                after[number] = x
+        return [after[number] for number in times]
+
+    def _behind_level1(self, skip1: Tensor, variant: Variant) -> Tensor:
+        """What is added to the picture, [N, channels, H, W]."""
+        skip2 = self._trunk(2, "encoder2", self.down1_2(skip1), variant)
+        skip3 = self._trunk(3, "encoder3", self.down2_3(skip2), variant)
+        x = self._trunk(4, "latent", self.down3_4(skip3), variant)
 
         x = self._blocks(4, self.prompt_latent, x)
         x = self.fuse3(torch.cat([self.up4_3(x), self._blocks(3, self.prompt_skip3, skip3)], dim=1))
-        x = self._blocks(3, self.decoder3, x, n3)
+        x = self._trunk(3, "decoder3", x, variant)
         x = self.fuse2(torch.cat([self.up3_2(x), self._blocks(2, self.prompt_skip2, skip2)], dim=1))
-        x = self._blocks(2, self.decoder2, x, n2)
+        x = self._trunk(2, "decoder2", x, variant)
         x = self.fuse1(torch.cat([self.up2_1(x), self._blocks(1, self.prompt_skip1, skip1)], dim=1))
-        x = self._blocks(1, self.decoder1, x, n1)
+        x = self._trunk(1, "decoder1", x, variant)
         for block in self.refinement:
             x = self._blocks(1, block, x)
-        return (self.output(x) + padded)[..., :height, :width]
+        return self.output(x)
 
-    def _blocks(self, level: int, block: nn.Module, x: Tensor, times: int = 1) -> Tensor:
+    def _trunk(self, level: int, name: str, x: Tensor, variant: Variant) -> Tensor:
+        """A level's block, as often as the variant has it."""
+        gains = None
+        if self.gains:
+            own, whose = self.gains[name], self.gains_of(variant)
+            assert isinstance(own, nn.ParameterDict)
+            gains = (own[f"{whose}_attention"], own[f"{whose}_feed_forward"])
+        return self._blocks(level, getattr(self, name), x, self.depth_of(variant)[level - 1], gains)
+
+    def _blocks(self, level: int, block: nn.Module, x: Tensor, times: int = 1, gains: Gains | None = None) -> Tensor:
         recompute = self.training and level in self.checkpoint_levels and not isinstance(block, nn.Identity)
-        return apply_blocks(repeat(block, times), x, recompute=recompute)
+        return apply_blocks(repeat(block, times), x, recompute=recompute, gains=gains)
+
+
+def _applications(depth: Depth) -> int:
+    """How many blocks of the trunk run: the decoder mirrors the encoder's three levels."""
+    return 2 * sum(depth[:3]) + depth[3]

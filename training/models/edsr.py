@@ -91,7 +91,7 @@ class MDSR(nn.Module):
         self.preprocess = nn.ModuleDict(
             {
                 f"x{scale}": nn.Sequential(
-                    *(_ResidualBlock(config.features, 5, config.residual_scale) for _ in range(2))
+                    *(ResidualBlock(config.features, 5, config.residual_scale) for _ in range(2))
                 )
                 for scale in config.scales
             }
@@ -130,7 +130,9 @@ class _ColourShift(nn.Module):
         return x.to(self.mean.dtype) / self.range + self.mean
 
 
-class _ResidualBlock(nn.Module):
+class ResidualBlock(nn.Module):
+    """Two convolutions with a ReLU between them, scaled and added to the input."""
+
     def __init__(self, features: int, kernel: int, residual_scale: float) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(features, features, kernel, padding=kernel // 2)
@@ -138,6 +140,7 @@ class _ResidualBlock(nn.Module):
         self.residual_scale = residual_scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, features, H, W] -> the same shape."""
         return x + self.conv2(F.relu(self.conv1(x))) * self.residual_scale
 
 
@@ -146,7 +149,7 @@ def _conv3x3(channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def _trunk(config: _ResidualNetConfig) -> nn.Sequential:
-    blocks = (_ResidualBlock(config.features, 3, config.residual_scale) for _ in range(config.blocks))
+    blocks = (ResidualBlock(config.features, 3, config.residual_scale) for _ in range(config.blocks))
     return nn.Sequential(*blocks, _conv3x3(config.features, config.features))
 
 
