@@ -1,55 +1,67 @@
-"""Checkpoints: published whole or not at all, checksummed, self-describing.
+"""Checkpoints in a folder or a bucket: published whole or not at all, checksummed, self-describing.
 
-Layout: ``FOLDER/step-00000100/{state.pt, manifest.json}`` and ``FOLDER/latest``, which names a step
-folder only after that folder is complete and in place.
+Layout: ``step-00000100/state.pt``, ``step-00000100/manifest.json`` and ``latest``. The manifest holds the sha256 of
+the state and is written after it, so a checkpoint is there when its manifest is; ``latest`` is written last, for people
+and scripts. What a killed writer left has no manifest, is no checkpoint, and is removed by the next one.
 """
 
+import hashlib
+import io
 import json
-import os
 import re
-import shutil
-from pathlib import Path
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from infra.errors import Refusal
-from infra.files import sha256_of_file, write_atomically
+from infra.storage import NotFoundError, Store
+
+STATE, MANIFEST, LATEST = "state.pt", "manifest.json", "latest"
 
 
 class CheckpointError(Refusal, RuntimeError):
-    """No usable checkpoint where one was expected. The message names the folder and what to do."""
+    """No usable checkpoint where one was expected, or none could be written. The message says where, and what to do."""
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], manifest: dict[str, Any], keep: int) -> Path:
-    """Publish ``state`` (tensors and plain values) as the checkpoint of ``step``; keep the last ``keep``.
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the ``last`` ones, and those of multiples of ``every`` (0: of none)."""
+
+    last: int = 2
+    every: int = 0
+
+
+def save_checkpoint(
+    store: Store, step: int, state: Mapping[str, Any], manifest: Mapping[str, Any], keep: Keep = Keep()
+) -> str:
+    """Publish ``state`` (tensors and plain values) as the checkpoint of ``step``; return its name.
+
+    The whole of it is held in memory once more while it is written.
 
     Args:
-        state: what ``torch.save`` writes: weights, moving average, optimizer, loop and loader state.
         manifest: plain facts about it (config, code version, dataset id, run id), readable without torch.
+
+    Raises:
+        StorageError: the store did not take it.
     """
     name = f"step-{step:08d}"
-    if checkpoint_fault(folder / name) is None:  # a resumed run came by here again: same step, same bytes
-        write_atomically(folder / "latest", name.encode())
-        return folder / name
-    temporary = folder / f".tmp-{name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    torch.save(state, temporary / "state.pt")
-    with open(temporary / "state.pt", "rb+") as file:
-        os.fsync(file.fileno())
-    facts = {**manifest, "step": step, "sha256": {"state.pt": sha256_of_file(temporary / "state.pt")}}
-    write_atomically(temporary / "manifest.json", json.dumps(facts, indent=2, sort_keys=True).encode())
-    final = folder / name
-    shutil.rmtree(final, ignore_errors=True)  # damaged, or it would have been returned above
-    temporary.rename(final)
-    write_atomically(folder / "latest", name.encode())
-    for old in _steps(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+    if checkpoint_fault(store, name) is not None:  # else a resumed run came by here again: same step, same bytes
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        data = buffer.getbuffer()
+        facts = {**manifest, "step": step, "sha256": {STATE: hashlib.sha256(data).hexdigest()}}
+        store.delete(f"{name}/{MANIFEST}")  # of a damaged one
+        store.write(f"{name}/{STATE}", bytes(data))
+        store.write(f"{name}/{MANIFEST}", json.dumps(facts, indent=2, sort_keys=True).encode())
+    store.write(LATEST, name.encode())
+    _sweep(store, name, keep)
+    return name
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def load_checkpoint(store: Store) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """State and manifest of the newest checkpoint whose checksum holds; None when there is none at all.
 
     A damaged checkpoint is named and passed over for the one before it.
@@ -57,32 +69,111 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | Non
     Raises:
         CheckpointError: checkpoints are there, and every one is damaged.
     """
-    for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    candidates = _steps(folder)
-    for candidate in reversed(candidates):
-        fault = checkpoint_fault(candidate)
-        if fault is None:
-            state = torch.load(candidate / "state.pt", map_location="cpu", weights_only=True)
-            return state, json.loads((candidate / "manifest.json").read_text())
-        print(f"checkpoint: {candidate} is damaged ({fault}); trying the one before it")
-    if candidates:
-        raise CheckpointError(
-            f"{folder}: all {len(candidates)} checkpoints are damaged; remove the folder to start anew"
-        )
+    names = [name for name, files in _listed(store).items() if MANIFEST in files]
+    for name in reversed(names):
+        try:
+            data, manifest = _read(store, name)
+        except _Damaged as fault:
+            print(f"checkpoint: {store.uri}/{name} is damaged ({fault}); trying the one before it", flush=True)
+        else:
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), manifest
+    if names:
+        raise CheckpointError(f"{store.uri}: all {len(names)} checkpoints are damaged; remove them to start anew")
     return None
 
 
-def checkpoint_fault(checkpoint: Path) -> str | None:
-    """What is wrong with one checkpoint folder, or None when its checksum holds."""
+def checkpoint_fault(store: Store, name: str) -> str | None:
+    """What is wrong with one checkpoint, or None when its checksum holds."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        expected = manifest["sha256"]["state.pt"]
-        actual = sha256_of_file(checkpoint / "state.pt")
-    except (OSError, ValueError, KeyError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None if actual == expected else f"sha256 of state.pt is {actual[:12]}…, the manifest says {expected[:12]}…"
+        _read(store, name)
+    except _Damaged as fault:
+        return str(fault)
+    return None
 
 
-def _steps(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
+class _Damaged(Exception):
+    pass
+
+
+def _read(store: Store, name: str) -> tuple[bytes, dict[str, Any]]:
+    try:
+        manifest = json.loads(store.read(f"{name}/{MANIFEST}"))
+        expected, data = manifest["sha256"][STATE], store.read(f"{name}/{STATE}")
+    except (NotFoundError, ValueError, KeyError, TypeError) as error:
+        raise _Damaged(f"{type(error).__name__}: {error}") from None
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != expected:
+        raise _Damaged(f"sha256 of {STATE} is {actual[:12]}…, the manifest says {expected[:12]}…")
+    return data, manifest
+
+
+class CheckpointWriter:
+    """Writes checkpoints beside the training, one at a time: ``save`` copies the state and returns.
+
+    A store that fails does not stop a run: it is said, and the next checkpoint is another try.
+    """
+
+    def __init__(self, store: Store, keep: Keep) -> None:
+        self._store, self._keep = store, keep
+        self._thread: threading.Thread | None = None
+        self._fault: Exception | None = None
+
+    def save(self, step: int, state: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        """Begin to write; wait first for the one before, which is done by then unless the store is very slow."""
+        self._join()
+        snapshot = _copied(state)
+        self._thread = threading.Thread(target=self._write, args=(step, snapshot, dict(manifest)), daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until all is written.
+
+        Raises:
+            CheckpointError: the last one could not be.
+        """
+        self._join()
+        if self._fault is not None:
+            raise CheckpointError(f"the last checkpoint could not be written: {self._fault}") from self._fault
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, state: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        self._fault = None
+        try:
+            save_checkpoint(self._store, step, state, manifest, self._keep)
+        except Exception as error:  # of a store of any kind
+            self._fault = error
+            print(f"checkpoint: step {step} could not be written: {error}. The run goes on", flush=True)
+
+
+def _copied(state: Any) -> Any:
+    """``state`` with every tensor copied to the CPU, so that the next step may change it."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: _copied(value) for key, value in state.items()}
+    return state
+
+
+def _listed(store: Store) -> dict[str, set[str]]:
+    """Files of each step folder, by its name, in order of steps."""
+    found: dict[str, set[str]] = {}
+    for entry in store.list("step-"):
+        name, _, file = entry.key.partition("/")
+        if re.fullmatch(r"step-\d{8,}", name):
+            found.setdefault(name, set()).add(file)
+    return found
+
+
+def _sweep(store: Store, newest: str, keep: Keep) -> None:
+    """Remove what ``keep`` does not hold: the manifest first, so that a half-removed checkpoint is none."""
+    found = _listed(store)
+    whole = [name for name, files in found.items() if MANIFEST in files]
+    kept = {newest, *whole[-keep.last :]}
+    kept |= {name for name in whole if keep.every and int(name.removeprefix("step-")) % keep.every == 0}
+    for name in found.keys() - kept:
+        for file in sorted(found[name]):  # manifest.json before state.pt
+            store.delete(f"{name}/{file}")

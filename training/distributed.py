@@ -98,8 +98,10 @@ class StopRequest:
     orphan that would train on unseen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._asked = False
+        # Asked on the host, which runs ahead of a GPU and need not wait for it.
+        self._group = dist.new_group(backend="gloo") if device.type != "cpu" else None
         self._launcher = _grandparent() if LAUNCHED else 0
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._ask)
@@ -108,11 +110,11 @@ class StopRequest:
     def _ask(self, *_: object) -> None:
         self._asked = True
 
-    def agreed(self, device: torch.device) -> bool:
+    def agreed(self) -> bool:
         """Whether any rank has been asked to stop. Every rank must call it at the same step."""
         abandoned = LAUNCHED and _grandparent() != self._launcher
-        asked = torch.tensor([float(self._asked or abandoned)], device=device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        asked = torch.tensor([float(self._asked or abandoned)])
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
         return bool(asked.item())
 
 
@@ -121,10 +123,3 @@ def _grandparent() -> int:
         return psutil.Process(os.getppid()).ppid()
     except psutil.Error:
         return 0
-
-
-def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Average a tensor over all ranks. Every rank must call it at the same step."""
-    total = values.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()

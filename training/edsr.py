@@ -3,15 +3,17 @@
 from functools import partial
 from typing import Any
 
-import torch
 from pydantic import model_validator
+from torch import Tensor
 from torch.nn import functional
 
 from training.config import StageConfig
 from training.corruption import shrink
 from training.entry import run_from_command_line
+from training.learner import Learner
 from training.loop import run_stage
 from training.models import scale_of
+from training.validation import Task
 
 
 class EDSRStageConfig(StageConfig):
@@ -27,15 +29,17 @@ class EDSRStageConfig(StageConfig):
         return self
 
 
-def super_resolution_l1(engine: Any, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def super_resolution_l1(learner: Learner, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, Tensor]]:
     """L1 between the enlarged LR patch and the HR patch (EDSR section 4.2: L1 instead of L2)."""
-    loss = functional.l1_loss(engine(batch["degraded"]).float(), batch["clean"])
+    loss = functional.l1_loss(learner(batch["degraded"]).float(), batch["clean"])
     return loss, {"loss": loss.detach()}
 
 
 def train_edsr(config: EDSRStageConfig) -> int:
     """Run the stage; see ``training.loop.run_stage`` for what is written and returned."""
-    return run_stage("edsr", config, super_resolution_l1, partial(shrink, scale_of(config.model)))
+    scale = scale_of(config.model)
+    corrupt = partial(shrink, scale)
+    return run_stage("edsr", config, super_resolution_l1, corrupt, tasks=[Task(f"x{scale}", corrupt, ("default",))])
 
 
 if __name__ == "__main__":

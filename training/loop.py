@@ -1,11 +1,13 @@
 """The one training loop: every stage gives it a configuration, a corruption and an objective."""
 
+import gc
 import json
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +16,32 @@ import torch
 from infra.config import ConfigError, config_hash, dump_config
 from infra.files import write_atomically
 from infra.launcher import MARKER, PROGRESS, read_marker
+from infra.storage import Store, open_store
 from infra.tracking import Tracker
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.agreement import from_main, state_from_main
+from training.checkpoint import CheckpointWriter, Keep, load_checkpoint
 from training.config import StageConfig
 from training.corruption import Corruption
 from training.data.handover import handover
-from training.data.loader import make_loader, samples_per_batch
+from training.data.loader import batch_plan, make_loader
 from training.data.lost import LostSamples
 from training.data.plan import StreamState
 from training.data.shards import ShardReader
-from training.distributed import PREEMPTED, Ranks, StopRequest, join, mean_over_ranks
+from training.distributed import PREEMPTED, Ranks, StopRequest, join
+from training.engine import make_engine
+from training.evaluate import write_picture
 from training.export import load_export, save_export
-from training.models import build_model
-from training.optimization import MovingAverage, learning_rate, make_optimizer, set_learning_rate
+from training.guard import Guard
+from training.learner import Learner, Objective
+from training.meter import Meter, progress_line
+from training.models import build_model, compile_blocks
+from training.optimization import MovingAverage, learning_rate, set_learning_rate
+from training.state import TrainingState
+from training.validation import Scores, Task, Validator, flat, record
 
-# objective(engine, batch, step) -> (loss, metrics). The loss is this rank's mean over its patches; metrics
-# are detached scalars, with the same names on every rank at the same step.
-Objective = Callable[[Any, dict[str, Any], int], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-
-# Changing these in the middle of a run does not change what it computes.
-_FREE_TO_CHANGE = {"out", "log_every", "checkpoint_every", "keep_checkpoints", "tracking", "model.checkpoint_levels"}
+# Changing these in the middle of a run does not change what it computes, or only its rounding.
+_FREE_TO_CHANGE = {"out", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "checkpoints", "tracking"}
+_FREE_TO_CHANGE |= {"accumulate", "zero_stage", "compile", "validation", "guard", "model.checkpoint_levels"}
 _FREE_TO_CHANGE |= {f"data.{key}" for key in ("dataset", "workers", "fetch", "cache", "cache_gib", "on_damage")}
 
 
@@ -43,15 +51,23 @@ def run_stage(
     objective: Objective,
     corrupt: Corruption | None,
     export_facts: Mapping[str, Any] | None = None,
+    *,
+    tasks: Sequence[Task] = (),
+    moments: tuple[Sequence[str], Callable[[int], str]] = (("",), lambda step: ""),
 ) -> int:
-    """Train ``config.steps`` steps, resuming from ``config.out`` if it holds checkpoints; return an exit code.
+    """Train ``config.steps`` steps, resuming from the checkpoints if there are any; return an exit code.
 
     Each step is a pure function of the weights, the optimizer state and the step number: data, crops,
-    degradations and variants are drawn from keys, never from a global random state. A killed run that
-    is started again therefore reaches the same weights, bit for bit, at the same world size.
+    degradations and variants are drawn from keys, and what draws from torch's global generator all the same finds it
+    seeded by step and rank. A killed run that is started again therefore reaches the same weights, bit for bit, at
+    the same world size; at another one, or with another ``zero_stage`` or ``accumulate``, up to rounding.
+
+    Only rank 0 reads and writes ``out``, its checkpoints and ``init_from``: nodes need to share the dataset alone.
 
     Args:
         export_facts: what users of the export must know beyond its model's config.
+        tasks: what ``config.validation`` measures.
+        moments: the names of the sets of Adam's moments, and which of them a step uses.
 
     Returns:
         0 when finished (``out``/finished.json and ``out``/export are there), 75 when a signal asked to
@@ -59,210 +75,253 @@ def run_stage(
 
     Raises:
         ConfigError: ``out`` holds a run of another configuration, or the dataset is missing or another one.
+        Diverged: too many steps in a row had to be left out.
     """
     out = Path(config.out)
-    marker = read_marker(out)
-    if marker is not None and marker.get("config_hash") == config_hash(config):
-        print(f"{PROGRESS}{stage}: already finished, see {out / MARKER}", flush=True)
-        return 0
     ranks = join()
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
-    data = config.data
-    reader = ShardReader(data.dataset, data.cache, data.cache_gib, data.fetch, on_damage=data.on_damage)
-    model = build_model(config.model)
-    if config.init_from:
-        start_model, _, _ = load_export(Path(config.init_from))
-        model.load_state_dict(start_model.state_dict())
-    # Every rank reads before any writes; `join` and the collectives of the engine keep them in step.
-    saved = load_checkpoint(out / "checkpoints")
-    engine = _engine(model, config, ranks)
-    average = MovingAverage(engine.module, config.ema_decay) if config.ema_decay else None
-    state = StreamState(reader.dataset_id, config.seed, 0)
-    first_step = samples_lost = 0
-    if saved is not None:
-        checkpoint, manifest = saved
-        _refuse_other_config(out, manifest["config"], config)
-        engine.module.load_state_dict(checkpoint["model"])
-        engine.optimizer.load_state_dict(checkpoint["optimizer"])
-        if average is not None:
-            average.load_state_dict(checkpoint["average"])
-        state = StreamState(**manifest["loader"])
-        first_step, samples_lost = manifest["step"], manifest["samples_lost"]
-    tracker = Tracker(config.tracking, stage, out, is_main=ranks.is_main)
-    if ranks.is_main:
-        _say(
-            f"{stage}: resuming at step {first_step}"
-            if saved
-            else f"{stage}: {_size(engine.module)} on {ranks.world_size} rank(s)"
-        )
-        dump_config(config, out / "config.yaml")
-        tracker.log_params(config.model_dump(mode="json", exclude={"tracking"}))
-        tracker.set_tags(
-            {"ird.stage": stage, "ird.dataset_id": reader.dataset_id, "ird.config_hash": config_hash(config)}
-        )
-        tracker.set_tags({"ird.code": code_version(), "ird.ranks": ranks.world_size, "ird.host": platform.node()})
-
-    facts = {
-        "stage": stage,
-        "config": config.model_dump(mode="json"),
-        "config_hash": config_hash(config),
-        "code": code_version(),
-        "run_id": tracker.run_id,
-        "dataset_id": reader.dataset_id,
-    }
-
-    lost = LostSamples(out, ranks.rank, samples_lost)
-
-    def checkpoint_at(step: int, consumed: int) -> int:
-        """Save; return the samples lost so far."""
-        # A collective, so that only a run that may lose samples pays for it.
-        total = lost.total(ranks.device) if data.on_damage == "skip" else samples_lost
+    if from_main(lambda: (read_marker(out) or {}).get("config_hash")) == config_hash(config):
         if ranks.is_main:
-            parts = {"model": engine.module.state_dict(), "optimizer": engine.optimizer.state_dict()}
-            parts |= {"average": average.state_dict()} if average is not None else {}
-            loader_state = {"dataset_id": reader.dataset_id, "seed": config.seed, "samples_consumed": consumed}
-            save_checkpoint(
-                out / "checkpoints",
-                step,
-                parts,
-                {**facts, "loader": loader_state, "samples_lost": total},
-                config.keep_checkpoints,
-            )
-        return total
+            _say(f"{stage}: already finished, see {out / MARKER}")
+        return 0
+    torch.manual_seed(config.seed)
+    data, device = config.data, ranks.device
+    reader = ShardReader(data.dataset, data.cache, data.cache_gib, data.fetch, on_damage=data.on_damage)
+    plan = batch_plan(data, ranks.world_size, config.accumulate)
+    validator = Validator(config.validation, tasks, config.seed, device) if config.validation.pictures else None
+    model = build_model(config.model)
+    from_main(lambda: _start_from(model, config.init_from))  # the engine sends the weights of rank 0 to all
+    if config.compile:
+        compile_blocks(model)
+    engine = make_engine(model, config, ranks)
+    average = MovingAverage(engine.module, config.ema_decay) if config.ema_decay else None
+    guard = Guard(config.guard, engine, out, device)
+    state = TrainingState(engine, average, guard, moments[0])
 
+    store = open_store(config.checkpoints or out / "checkpoints")
+    found: list[dict[str, Any]] = []
+    manifest = from_main(lambda: _last_checkpoint(store, config, found))
+    if manifest is not None:
+        state.restore(state_from_main(found.pop() if found else None, device))
+    first_step = manifest["step"] if manifest else 0
+    loader_state = StreamState(**manifest["loader"]) if manifest else StreamState(reader.dataset_id, config.seed, 0)
     loader = make_loader(
         reader,
         data,
-        state=state,
+        state=loader_state,
         steps=config.steps,
         corrupt=corrupt,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        accumulate=config.accumulate,
     )
-    take = handover(ranks.device, corrupt=corrupt, seed=config.seed, channels_last=data.channels_last)
-    per_step = samples_per_batch(data, ranks.world_size)
-    stop = StopRequest()
-    meter = _Meter(stage, config, first_step)
-    batches = iter(loader)
+    lost = LostSamples(out, ranks.rank, manifest["samples_lost"] if manifest else 0)
+    run = _Run(stage, config, ranks, state, reader.dataset_id, lost, store, dict(export_facts or {}))
+    run.begin(first_step, validator)
+    take = handover(device, corrupt=corrupt, seed=config.seed, channels_last=data.channels_last)
+    learner = Learner(engine, average, config.precision == "bf16")
+    stop = StopRequest(device)
+    meter, batches = run.meter, iter(loader)
     engine.train()
-    for step in range(first_step, config.steps):
-        waited_from = time.perf_counter()
-        batch = next(batches)
-        meter.waited(time.perf_counter() - waited_from)
-        lost.add(batch["lost"])
-        batch = take(batch)
-        set_learning_rate(engine.optimizer, learning_rate(step, config.steps, config.optimizer.lr, config.schedule))
-        loss, metrics = objective(engine, batch, step)
-        engine.backward(loss)
-        engine.step()
-        if average is not None:
-            average.update(engine.module)
-        meter.add(metrics)
-        done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            logged = meter.read(done)
-            if data.on_damage == "skip":
-                logged["samples_lost"] = lost.total(ranks.device)
-            if ranks.is_main:
-                _say(meter.line(done, logged))
-                with open(out / "metrics.jsonl", "a") as history:
-                    history.write(json.dumps({"step": done, **logged}) + "\n")
-                tracker.log_metrics(logged, done)
-                tracker.flush()
-        stopping = stop.agreed(ranks.device)
-        if stopping or done % config.checkpoint_every == 0 or done == config.steps:
-            samples_lost = checkpoint_at(done, done * per_step)
-        if stopping and done < config.steps:
-            if ranks.is_main:
-                _say(f"{stage}: stopped by a signal at step {done}, saved; run the same command to go on")
-                tracker.finish("KILLED")
-            return PREEMPTED
-
-    if ranks.is_main:
-        if average is not None:
-            engine.module.load_state_dict(average.weights, strict=False)
-        export = out / "export"
-        origin = {name: facts[name] for name in ("stage", "code", "run_id", "dataset_id")}
-        save_export(engine.module, config.model, export, origin | dict(export_facts or {}))
-        tracker.log_artifact(out / "config.yaml")
-        tracker.finish()
-        finished = {**facts, "step": config.steps, "export": str(export), "ranks": ranks.world_size}
-        finished["samples_lost"] = samples_lost
-        write_atomically(out / MARKER, json.dumps(finished, indent=2).encode())
-        _say(f"{stage}: finished after {config.steps} steps; weights in {export}")
+    gc.collect()
+    gc.freeze()  # what is here stays: the collector need not look at it again and again
+    try:
+        for step in range(first_step, config.steps):
+            torch.manual_seed(config.seed + step * ranks.world_size + ranks.rank)
+            rate = learning_rate(step, config.steps, config.optimizer.lr, config.schedule)
+            set_learning_rate(engine.optimizer, rate)
+            state.use_moments(moments[1](step))
+            for _ in range(config.accumulate):
+                with meter.part("data_wait"):
+                    batch = next(batches)
+                lost.add(batch["lost"])
+                batch = take(batch)
+                with meter.part("forward"):
+                    loss, metrics = objective(learner, batch, step)
+                guard.look_at("+".join(metrics), loss)
+                with meter.part("backward"):
+                    engine.backward(loss)
+                with meter.part("step"):
+                    engine.step()
+                meter.add(metrics)
+            if average is not None:
+                average.update(engine.module)
+            guard.after_step(step, batch)
+            phase, done = plan.phase_of(step), step + 1
+            meter.stepped(phase.samples * data.crops_per_sample)
+            last = done == config.steps
+            if done % config.log_every == 0 or last:
+                run.log(done, {"lr": rate, "patch": phase.patch})
+            if validator is not None and (done % config.validation.every == 0 or last):
+                run.validate(done, validator)
+            stopping = stop.agreed() and not last
+            if stopping or last or done % config.checkpoint_every == 0:
+                run.checkpoint(done, plan.samples_before(done))
+            if stopping:
+                run.writer.finish()
+                run.end("KILLED", f"stopped by a signal at step {done}, saved; run the same command to go on")
+                return PREEMPTED
+        run.writer.finish()
+        run.export()
+    except BaseException:
+        run.end("FAILED")
+        raise
     return 0
 
 
-def _engine(model: torch.nn.Module, config: StageConfig, ranks: Ranks) -> Any:
-    """A DeepSpeed engine around ``model``. ZeRO stage 0: these nets have tens of millions of weights, so that
-    partitioning their optimizer state would save little, and stage 0 checkpoints load at any world size."""
-    import deepspeed
-
-    settings = {
-        "train_batch_size": config.data.batch,
-        "train_micro_batch_size_per_gpu": config.data.batch // ranks.world_size,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": 0},
-        # Never left out: DeepSpeed clips to 1.0 when the key is absent.
-        "gradient_clipping": config.optimizer.gradient_clipping,
-        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
-        "steps_per_print": 10**9,
-    }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, config.optimizer), config=settings)
-    return engine
+def _start_from(model: torch.nn.Module, export: str) -> None:
+    if export:
+        start, _, _ = load_export(Path(export))
+        model.load_state_dict(start.state_dict())
 
 
-class _Meter:
-    """Gathers what a log line says, without a device synchronisation in between."""
-
-    def __init__(self, stage: str, config: StageConfig, first_step: int) -> None:
-        self._stage, self._config = stage, config
-        self._first_step = self._last_read = first_step
-        self._started = self._window_started = time.perf_counter()
-        self._data_wait = 0.0
-        self._sums: dict[str, list[torch.Tensor]] = {}
-
-    def waited(self, seconds: float) -> None:
-        self._data_wait += seconds
-
-    def add(self, metrics: dict[str, torch.Tensor]) -> None:
-        for name, value in metrics.items():
-            self._sums.setdefault(name, []).append(value)
-
-    def read(self, done: int) -> dict[str, float]:
-        """Means since the last reading, over steps and ranks; every rank must call it at the same step."""
-        names = sorted(self._sums)
-        means = mean_over_ranks(torch.stack([torch.stack(self._sums[name]).float().mean() for name in names])).tolist()
-        now = time.perf_counter()
-        elapsed = now - self._window_started
-        logged = dict(zip(names, means))
-        logged["images_per_second"] = (done - self._last_read) * self._config.data.batch / elapsed
-        logged["data_wait_share"] = self._data_wait / elapsed
-        logged["data_wait_ms"] = 1000 * self._data_wait / (done - self._last_read)
-        logged["lr"] = learning_rate(done - 1, self._config.steps, self._config.optimizer.lr, self._config.schedule)
-        self._sums, self._data_wait, self._window_started, self._last_read = {}, 0.0, now, done
-        return logged
-
-    def line(self, done: int, logged: dict[str, float]) -> str:
-        """One progress line with the time that is left."""
-        per_step = (time.perf_counter() - self._started) / (done - self._first_step)
-        left = int(per_step * (self._config.steps - done))
-        losses = "  ".join(f"{name} {value:.4f}" for name, value in logged.items() if name.startswith("loss"))
-        rates = f"{logged['images_per_second']:.1f} patches/s  data wait {logged['data_wait_share']:.0%}"
-        rates += f"  {logged['samples_lost']} samples lost" if logged.get("samples_lost") else ""
-        return f"{self._stage} {done}/{self._config.steps}  {losses}  {rates}  {left // 60}m{left % 60:02d}s left"
+def _last_checkpoint(store: Store, config: StageConfig, found: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Manifest of the checkpoint to go on from, None for a new run; its state is put into ``found``."""
+    loaded = load_checkpoint(store)
+    if loaded is None:
+        return None
+    _refuse_other_config(store.uri, loaded[1]["config"], config)
+    found.append(loaded[0])
+    return loaded[1]
 
 
-def _refuse_other_config(out: Path, saved: dict[str, Any], config: StageConfig) -> None:
+class _Run:
+    """What a run tells and leaves: log lines, metrics, measurements, checkpoints, the export, the finished marker."""
+
+    def __init__(
+        self,
+        stage: str,
+        config: StageConfig,
+        ranks: Ranks,
+        state: TrainingState,
+        dataset_id: str,
+        lost: LostSamples,
+        store: Store,
+        export_facts: Mapping[str, Any],
+    ) -> None:
+        self._stage, self._config, self._ranks, self._state = stage, config, ranks, state
+        self._dataset_id, self._lost, self._export_facts = dataset_id, lost, export_facts
+        self._out = Path(config.out)
+        self._samples_lost = 0
+        self.meter = Meter(ranks.device, state.spent)
+        self.writer = CheckpointWriter(store, Keep(config.keep_checkpoints, config.keep_every))
+
+    def begin(self, first_step: int, validator: Validator | None) -> None:
+        """Open the run's folder and its record."""
+        config, ranks = self._config, self._ranks
+        self._first_step, self._started = first_step, time.perf_counter()
+        if ranks.is_main:
+            self._out.mkdir(parents=True, exist_ok=True)
+        self._tracker = Tracker(config.tracking, self._stage, self._out, is_main=ranks.is_main)
+        self._facts = {
+            "stage": self._stage,
+            "config": config.model_dump(mode="json"),
+            "config_hash": config_hash(config),
+            "code": code_version(),
+            "run_id": self._tracker.run_id,
+            "dataset_id": self._dataset_id,
+        }
+        if not ranks.is_main:
+            return
+        size = f"{_size(self._state.engine.module)} on {ranks.world_size} rank(s)"
+        self._say(f"resuming at step {first_step}" if first_step else size)
+        dump_config(config, self._out / "config.yaml")
+        self._tracker.log_params(config.model_dump(mode="json", exclude={"tracking"}))
+        tags: dict[str, Any] = {name: self._facts[name] for name in ("stage", "dataset_id", "config_hash", "code")}
+        tags |= {"ranks": ranks.world_size, "host": platform.node()}
+        self._tracker.set_tags({f"ird.{name}": value for name, value in tags.items()})
+
+    def log(self, done: int, facts: Mapping[str, float]) -> None:
+        """Say and record what the meter has gathered. A collective."""
+        logged = {**self.meter.read(), **facts, "steps_skipped": float(self._state.guard.skipped)}
+        if self._config.data.on_damage == "skip":
+            logged["samples_lost"] = float(self._lost.total(self._ranks.device))
+        if self._ranks.is_main:
+            seconds = (time.perf_counter() - self._started) / (done - self._first_step)
+            print(PROGRESS + progress_line(self._stage, done, self._config.steps, seconds, logged), flush=True)
+            with open(self._out / "metrics.jsonl", "a") as history:
+                history.write(json.dumps({"step": done, **logged}) + "\n")
+            with self.meter.part("tracking"):
+                self._tracker.log_metrics(logged, done)
+                self._tracker.flush()
+
+    def validate(self, done: int, validator: Validator) -> None:
+        """Measure on held-out pictures; keep the weights of each variant that is better than ever. A collective."""
+        average = self._state.average
+        with self.meter.paused():
+            scores, grid = validator.measure(self._state.engine.module, average.weights if average else None)
+        better = self._state.best.improved(scores)
+        if not self._ranks.is_main:
+            return
+        record(self._out, done, scores, {"device_hours": self._state.spent.device_hours})
+        self._tracker.log_metrics(flat(scores), done)
+        self._say_scores(done, scores)
+        for variant in better:
+            self._export_to(self._out / "best" / variant, {"step": done, "psnr": scores[variant]})
+        if grid is not None:
+            path = self._out / "validation" / f"step-{done:08d}.png"
+            write_picture(path, grid)
+            self._tracker.log_artifact(path, "validation")
+
+    def checkpoint(self, done: int, samples_consumed: int) -> None:
+        """Begin to write a checkpoint. A collective."""
+        # A collective of its own, so that only a run that may lose samples pays for it.
+        if self._config.data.on_damage == "skip":
+            self._samples_lost = self._lost.total(self._ranks.device)
+        parts = self._state.capture()
+        if self._ranks.is_main:
+            loader = StreamState(self._dataset_id, self._config.seed, samples_consumed)
+            facts = {**self._facts, "loader": asdict(loader), "samples_lost": self._samples_lost}
+            self.writer.save(done, parts, facts)
+
+    def export(self) -> None:
+        """Leave the weights, their moving average where there is one, and the finished marker."""
+        if not self._ranks.is_main:
+            return
+        export = self._out / "export"
+        self._export_to(export, {})
+        self._tracker.log_artifact(self._out / "config.yaml")
+        self._tracker.finish()
+        finished = {**self._facts, "step": self._config.steps, "export": str(export), "ranks": self._ranks.world_size}
+        finished |= {"samples_lost": self._samples_lost, "steps_skipped": self._state.guard.skipped}
+        finished["device_hours"] = self._state.spent.device_hours
+        write_atomically(self._out / MARKER, json.dumps(finished, indent=2).encode())
+        self._say(f"finished after {self._config.steps} steps; weights in {export}")
+
+    def end(self, status: str, message: str = "") -> None:
+        """Close the record of a run that has not finished."""
+        if self._ranks.is_main:
+            self._tracker.finish(status)
+            if message:
+                self._say(message)
+
+    def _export_to(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        weights = dict(self._state.engine.module.state_dict())
+        if self._state.average is not None:
+            weights |= self._state.average.weights
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(self._config.model)
+        model.load_state_dict(weights)
+        origin = {name: self._facts[name] for name in ("stage", "code", "run_id", "dataset_id")}
+        save_export(model, self._config.model, folder, {**origin, **self._export_facts, **facts})
+
+    def _say_scores(self, done: int, scores: Scores) -> None:
+        for variant, tasks in scores.items():
+            shown = "  ".join(f"{task} {value:.2f}" for task, value in tasks.items())
+            self._say(f"{done}/{self._config.steps}  PSNR {variant}: {shown} dB")
+
+    def _say(self, message: str) -> None:
+        _say(f"{self._stage}: {message}")
+
+
+def _refuse_other_config(where: str, saved: dict[str, Any], config: StageConfig) -> None:
     before, now = _flat(saved), _flat(config.model_dump(mode="json"))
     changed = sorted(key for key in now if not _free(key) and before.get(key) != now[key])
     if changed == ["steps"] and config.schedule.kind != "cosine":
         return  # a longer run of the same thing; a cosine would have another learning rate from its first step
     if changed:
         raise ConfigError(
-            f"{out} holds a run of another configuration (changed: {', '.join(changed)}; see {out / 'config.yaml'}). "
-            f"Choose another out=, or remove that folder to start anew"
+            f"{where} holds a run of another configuration (changed: {', '.join(changed)}; see "
+            f"{Path(config.out) / 'config.yaml'}). Choose another out=, or remove that folder to start anew"
         )
 
 

@@ -17,11 +17,12 @@ from datagen.degradations.kernels import mzsr_kernel
 from datagen.degradations.random import generator
 from datagen.degradations.resample import imresize
 from infra.config import Config
-from training.adaptation import inner_step, shrink_blurred
+from training.adaptation import Weights, inner_step, shrink_blurred
 from training.config import Positive, Rate, StageConfig
 from training.corruption import shrink
 from training.entry import run_from_command_line
-from training.loop import Objective, run_stage
+from training.learner import Learner, Objective
+from training.loop import run_stage
 
 
 class MetaConfig(Config):
@@ -64,8 +65,8 @@ class MZSRStageConfig(StageConfig):
 def large_scale_objective(scale: int) -> Objective:
     """L1 on bicubic pairs: the input is the LR patch enlarged by bicubic to the HR size (section 4.1)."""
 
-    def objective(engine: Any, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss = functional.l1_loss(engine(imresize(batch["degraded"], scale)).float(), batch["clean"])
+    def objective(learner: Learner, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = functional.l1_loss(learner(imresize(batch["degraded"], scale)).float(), batch["clean"])
         return loss, {"loss": loss.detach()}
 
     return objective
@@ -90,9 +91,9 @@ def meta_objective(config: MZSRStageConfig) -> Objective:
     """
     meta, scale = config.meta, config.scale
 
-    def objective(engine: Any, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def objective(learner: Learner, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         clean = batch["clean"]
-        rank, tasks = engine.global_rank, clean.shape[0] // (2 * meta.patches_per_set)
+        rank, tasks = learner.rank, clean.shape[0] // (2 * meta.patches_per_set)
         weights = query_weights(step, meta)
         losses, before, after = [], [], []
         for task, patches in enumerate(clean.split(2 * meta.patches_per_set)):
@@ -100,15 +101,15 @@ def meta_objective(config: MZSRStageConfig) -> Objective:
             kernel = mzsr_kernel(draw, scale).to(clean)
             enlarged = imresize(shrink_blurred(patches, kernel, scale), scale)
             (support_in, query_in), (support, query) = enlarged.chunk(2), patches.chunk(2)
-            adapted = dict(engine.module.named_parameters())
+            adapted: Weights = dict(learner.module.named_parameters())
             with torch.no_grad():
-                before.append(functional.l1_loss(engine.module(query_in), query))
+                before.append(functional.l1_loss(learner.module(query_in), query))
             task_loss = clean.new_zeros(())
             for weight in weights:
                 adapted, _ = inner_step(
-                    engine.module, adapted, support_in, support, meta.inner_lr, second_order=meta.second_order
+                    learner.module, adapted, support_in, support, meta.inner_lr, second_order=meta.second_order
                 )
-                query_loss = functional.l1_loss(functional_call(engine.module, adapted, (query_in,)), query)
+                query_loss = functional.l1_loss(functional_call(learner.module, adapted, (query_in,)), query)
                 task_loss = task_loss + weight * query_loss
             losses.append(task_loss)
             after.append(query_loss.detach())

@@ -13,7 +13,7 @@ from infra.config import ConfigError
 from training.config import DataConfig
 from training.corruption import Corruption
 from training.data.patches import cut_patches, detail_map
-from training.data.plan import SampleOrder, StreamState, positions_of_batch
+from training.data.plan import BatchPlan, Phase, SampleOrder, StreamState
 from training.data.shards import DamagedSampleError, LostSample, Sample, ShardReader
 
 _STAND_INS = 16
@@ -28,8 +28,12 @@ class PatchStream(Dataset[dict[str, Any]]):
         self._order = SampleOrder(reader.index.first, seed, data.window)
         self._window: tuple[int, int] | None = None
 
-    def __getitems__(self, positions: Sequence[int]) -> dict[str, Any]:
-        """A batch, as ``make_loader`` describes it. The torch loader hands over the positions of a batch at once."""
+    def __getitems__(self, places: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """A batch, as ``make_loader`` describes it, of (stream position, side of the patches) for each sample.
+
+        The torch loader hands over those of a batch at once.
+        """
+        positions, patch = [position for position, _ in places], places[0][1]
         self._look_ahead(positions[-1])
         drawn = [self._order.at(position) for position in positions]
         samples, lost = self._read([sample for _, sample in drawn], positions)
@@ -42,7 +46,7 @@ class PatchStream(Dataset[dict[str, Any]]):
             rng = generator(self._seed, epoch, f"crops:{sample.key}", 0)
             detail = detail_map(sample.json) if self._data.crop == "detail" else None
             try:
-                patches, far = cut_patches(sample.image, sample.depth, self._data.patch, count, rng, detail)
+                patches, far = cut_patches(sample.image, sample.depth, patch, count, rng, detail)
             except ValueError as error:
                 raise DamagedSampleError(f"{self._reader.store.uri}: sample {sample.key}: {error}") from error
             crops += patches
@@ -104,31 +108,40 @@ def degraded_batch(batch: dict[str, Any], corrupt: Corruption, seed: int) -> dic
     return {"clean": clean, "degraded": degraded, "meta": meta, "lost": batch["lost"]}
 
 
-class _BatchPositions(Sampler[list[int]]):
-    def __init__(self, first_step: int, steps: int, samples_per_batch: int, rank: int, world_size: int) -> None:
-        self._range = range(first_step, steps)
-        self._share = (samples_per_batch, rank, world_size)
+class _BatchPlaces(Sampler[list[tuple[int, int]]]):
+    def __init__(self, plan: BatchPlan, steps: range, rank: int, world_size: int, accumulate: int) -> None:
+        self._plan, self._steps = plan, steps
+        self._rank, self._world_size, self._accumulate = rank, world_size, accumulate
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return (list(positions_of_batch(step, *self._share)) for step in self._range)
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self._steps:
+            patch = self._plan.phase_of(step).patch
+            for part in range(self._accumulate):
+                number = part * self._world_size + self._rank
+                positions = self._plan.positions(step, number, self._world_size * self._accumulate)
+                yield [(position, patch) for position in positions]
 
     def __len__(self) -> int:
-        return len(self._range)
+        return len(self._steps) * self._accumulate
 
 
-def samples_per_batch(data: DataConfig, world_size: int) -> int:
-    """Samples that one global batch reads.
+def batch_plan(data: DataConfig, world_size: int, accumulate: int = 1) -> BatchPlan:
+    """The plan of a run: what each step reads.
 
     Raises:
-        ConfigError: the batch cannot be shared out evenly.
+        ConfigError: a global batch cannot be shared out evenly.
     """
-    unit = data.crops_per_sample * world_size
-    if data.batch % unit:
-        raise ConfigError(
-            f"data.batch={data.batch} must be a multiple of "
-            f"data.crops_per_sample x ranks = {data.crops_per_sample} x {world_size}"
-        )
-    return data.batch // data.crops_per_sample
+    unit = data.crops_per_sample * world_size * accumulate
+    sizes = [("data", 0, data.patch, data.batch)]
+    sizes += [(f"data.progressive[{n}]", p.from_step, p.patch, p.batch) for n, p in enumerate(data.progressive)]
+    for key, _, _, batch in sizes:
+        if batch % unit:
+            raise ConfigError(
+                f"{key}.batch={batch} must be a multiple of data.crops_per_sample x ranks x accumulate = "
+                f"{data.crops_per_sample} x {world_size} x {accumulate}"
+            )
+    phases = [Phase(step, patch, batch // data.crops_per_sample) for _, step, patch, batch in sizes]
+    return BatchPlan(phases)
 
 
 def make_loader(
@@ -140,10 +153,12 @@ def make_loader(
     corrupt: Corruption | None,
     rank: int = 0,
     world_size: int = 1,
+    accumulate: int = 1,
 ) -> DataLoader[dict[str, Any]]:
-    """Loader of this rank's batches from ``state`` up to optimizer step ``steps``.
+    """Loader of this rank's batches from ``state`` up to optimizer step ``steps``, ``accumulate`` of them a step.
 
-    A batch holds "clean" uint8 [B,3,P,P] (channels last in memory), B being the rank's share of the global batch;
+    A batch holds "clean" uint8 [B,3,P,P] (channels last in memory), B being the rank's share of the global batch,
+    or of the part of it that is accumulated;
     "degraded" [B,3,p,p], uint8 where it has 8 bits, else float32 in [0, 1]; "meta", B dicts; and "lost", a dict for
     each sample that another one stands in for (``data.on_damage: skip``). With ``data.degrade_on: device``, and
     without ``corrupt``, it holds what ``degraded_batch`` needs instead of "degraded" and "meta".
@@ -157,10 +172,11 @@ def make_loader(
         raise ConfigError(
             f"the run was started on dataset {state.dataset_id}, but {reader.store.uri} is {reader.dataset_id}"
         )
-    share = samples_per_batch(data, world_size)
+    plan = batch_plan(data, world_size, accumulate)
     if data.workers:
         _stop_opencv_threads()
-    sampler = _BatchPositions(state.samples_consumed // share, steps, share, rank, world_size)
+    remaining = range(plan.step_after(state.samples_consumed), steps)
+    sampler = _BatchPlaces(plan, remaining, rank, world_size, accumulate)
     return DataLoader(
         PatchStream(reader, data, state.seed, corrupt if data.degrade_on == "worker" else None),
         batch_sampler=sampler,

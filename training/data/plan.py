@@ -5,7 +5,10 @@ epoch ends inside a batch. A position therefore says everything about progress, 
 can share the stream out by position.
 """
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -78,11 +81,54 @@ class SampleOrder:
         return self._epoch[1], self._epoch[2]
 
 
-def positions_of_batch(step: int, samples_per_batch: int, rank: int, world_size: int) -> range:
-    """Stream positions that ``rank`` reads for the global batch of ``step``.
+@dataclass(frozen=True)
+class Phase:
+    """Steps ``first_step`` and later, until the next phase: patch side in pixels, samples in a global batch."""
 
-    The global batch of a step is the same set of positions whatever the world size.
+    first_step: int
+    patch: int
+    samples: int
+
+
+class BatchPlan:
+    """Which stream positions each optimizer step reads, where patch and batch grow or shrink over the steps.
+
+    The global batch of a step is the same set of positions for any number of ranks and of accumulated parts.
     """
-    share = samples_per_batch // world_size
-    first = step * samples_per_batch + rank * share
-    return range(first, first + share)
+
+    def __init__(self, phases: Sequence[Phase]) -> None:
+        """``phases``: by ``first_step``, the first at step 0."""
+        self._phases = list(phases)
+        steps = [later.first_step - phase.first_step for phase, later in pairwise(self._phases)]
+        counts = [count * phase.samples for count, phase in zip(steps, self._phases)]
+        self._consumed = list(accumulate(counts, initial=0))
+
+    def phase_of(self, step: int) -> Phase:
+        """The phase that ``step`` belongs to."""
+        return self._phases[self._number(step)]
+
+    def samples_before(self, step: int) -> int:
+        """Samples that all steps before ``step`` read, over all ranks."""
+        number = self._number(step)
+        return self._consumed[number] + (step - self._phases[number].first_step) * self._phases[number].samples
+
+    def step_after(self, samples: int) -> int:
+        """The step that begins at stream position ``samples``.
+
+        Raises:
+            ValueError: no step begins there.
+        """
+        number = bisect_right(self._consumed, samples) - 1
+        steps, inside = divmod(samples - self._consumed[number], self._phases[number].samples)
+        if inside:
+            raise ValueError(f"no step begins after {samples} samples")
+        return self._phases[number].first_step + steps
+
+    def positions(self, step: int, part: int, parts: int) -> range:
+        """Stream positions of one of ``parts`` equal shares of the global batch of ``step``."""
+        share = self.phase_of(step).samples // parts
+        first = self.samples_before(step) + part * share
+        return range(first, first + share)
+
+    def _number(self, step: int) -> int:
+        return bisect_right([phase.first_step for phase in self._phases], step) - 1

@@ -20,7 +20,7 @@ from tests.support.s3 import S3Server
 from tests.training.data.conftest import loader
 from training.config import DataConfig
 from training.corruption import shrink
-from training.data.loader import make_loader, samples_per_batch
+from training.data.loader import batch_plan, make_loader
 from training.data.plan import StreamState
 from training.data.shards import DamagedSampleError, ShardReader
 
@@ -148,7 +148,7 @@ def test_state_of_another_dataset_and_uneven_batches_are_refused(small_dataset: 
     with pytest.raises(ConfigError, match="was started on dataset"):
         make_loader(reader, data, state=StreamState("other", 0, 0), steps=1, corrupt=None)
     with pytest.raises(ConfigError, match="multiple of"):
-        samples_per_batch(data, 3)
+        batch_plan(data, 3)
 
 
 @pytest.mark.parametrize("fetch", ["shard", "sample"])

@@ -1,10 +1,13 @@
 """The order of the stream: exactly once an epoch, few shards at a time, the same from wherever it is entered."""
 
+from itertools import accumulate
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data.plan import SampleOrder, positions_of_batch
+from training.data.plan import BatchPlan, Phase, SampleOrder
 
 counts = st.lists(st.integers(1, 7), min_size=1, max_size=9)
 
@@ -58,14 +61,32 @@ def test_the_window_after_the_last_is_the_first_of_the_next_epoch() -> None:
 
 
 @given(
-    per_rank=st.integers(1, 4),
-    chain=st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 5)), min_size=1, max_size=6),
+    phases=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4),
+    chain=st.lists(
+        st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.integers(0, 5)), min_size=1, max_size=6
+    ),
 )
-def test_any_chain_of_world_sizes_reads_each_position_once(per_rank: int, chain: list[tuple[int, int]]) -> None:
-    """A run killed after some steps and resumed with another number of ranks goes on where it was."""
-    batch, step, read = per_rank * 4, 0, []
-    for world_size, steps in chain:
+def test_any_chain_of_world_sizes_reads_each_position_once(
+    phases: list[tuple[int, int]], chain: list[tuple[int, int, int]]
+) -> None:
+    """A run killed after some steps and resumed with another number of ranks, or of accumulated parts, goes on where
+    it was, over batches that change their size."""
+    starts = [0, *accumulate(steps for steps, _ in phases[:-1])]
+    plan = BatchPlan([Phase(start, 8, 8 * unit) for start, (_, unit) in zip(starts, phases)])
+    step, read = 0, list[int]()
+    for world_size, parts, steps in chain:
+        assert plan.samples_before(step) == len(read) and plan.step_after(len(read)) == step
         for done in range(step, step + steps):
-            read += [p for rank in range(world_size) for p in positions_of_batch(done, batch, rank, world_size)]
+            for part in range(world_size * parts):
+                read += plan.positions(done, part, world_size * parts)
         step += steps
-    assert read == list(range(step * batch))
+    assert read == list(range(len(read)))
+
+
+def test_a_phase_says_the_patch_and_no_step_begins_inside_a_batch() -> None:
+    plan = BatchPlan([Phase(0, 32, 8), Phase(3, 64, 2)])
+    assert [plan.phase_of(step).patch for step in range(5)] == [32, 32, 32, 64, 64]
+    assert [plan.samples_before(step) for step in range(6)] == [0, 8, 16, 24, 26, 28]
+    for inside in (4, 25):
+        with pytest.raises(ValueError, match="no step begins"):
+            plan.step_after(inside)
