@@ -18,6 +18,8 @@ app = typer.Typer(
 )
 registry_app = typer.Typer(no_args_is_help=True, help="Models in the MLflow registry: push, list, pull, alias.")
 app.add_typer(registry_app, name="registry")
+study_app = typer.Typer(no_args_is_help=True, help="Comparisons at equal compute, written up as a table and a plot.")
+app.add_typer(study_app, name="study")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="Settings that replace those of the file.")
@@ -285,6 +287,44 @@ def doctor(
     from infra.doctor import print_report, run_checks
 
     raise typer.Exit(print_report(run_checks(hostfile=hostfile, s3_uri=s3)))
+
+
+@study_app.callback()
+def study() -> None:
+    """Studies are named: what they compare is theirs, how they are run is the same."""
+
+
+@study_app.command("co-pretraining", epilog="Example:\n\n`ird study co-pretraining dataset=DIR pictures=DIR`")
+def study_co_pretraining(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    train_with: Annotated[
+        list[str] | None, typer.Option("--train", metavar="key=value", help="A setting for all trainings; repeatable.")
+    ] = None,
+) -> None:
+    """Co-pretraining against separate training, every recipe at the same compute, and at half of it.
+
+    40 minutes on two CPU cores. Interrupt it and run it again: it goes on where it was.
+    """
+    from rich.console import Console
+
+    from infra.config import load_config
+    from infra.launcher import StageFailed
+    from pipeline.demo import REPOSITORY
+    from pipeline.study import StudyConfig, read_rows, show, study
+
+    path = config or REPOSITORY / "configs" / "pipeline" / "study_co_pretraining.yaml"
+    settings = load_config(StudyConfig, path, overrides or [])
+    try:
+        report = study(settings, train_with or [], say=lambda line: print(line, flush=True))
+    except StageFailed as failure:
+        print(f"\n{failure}\nRun the same command again to go on.", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("\nInterrupted. Run the same command again to go on.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    show(read_rows(report.parent), Console())
+    print(f"table: {report}\nplot:  {report.with_suffix('.png')}")
 
 
 @registry_app.command(epilog="Example:\n\n`ird registry push runs/finetune/export --name my-dynet --alias champion`")
