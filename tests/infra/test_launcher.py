@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.launcher import StageFailed, run_supervised, session_processes
+from infra.launcher import LOST, PREEMPTED, StageFailed, run_deepspeed, run_supervised, session_processes
+from tests.support.dataset import REPOSITORY
 
 CHILD = (
     "import subprocess, sys;"
@@ -91,3 +92,47 @@ def test_memory_of_the_whole_session_is_measured(tmp_path: Path) -> None:
 
 def test_session_processes_of_an_absent_session_are_none() -> None:
     assert list(session_processes(2**22 + 1)) == []
+
+
+@pytest.mark.parametrize(("code", "seen"), [(PREEMPTED, 75), (LOST, 69), (2, 2), (255, LOST), (3, 1), (247, 1)])
+def test_a_failure_carries_the_code_for_a_scheduler(tmp_path: Path, code: int, seen: int) -> None:
+    with pytest.raises(StageFailed) as failure:
+        run_supervised(python(f"raise SystemExit({code})"), tmp_path)
+    assert failure.value.code == seen
+
+
+def test_defaults_do_not_replace_what_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IRD_TEST_SET", "mine")
+    show = "import os; print('ird|', os.environ['IRD_TEST_SET'], os.environ['IRD_TEST_UNSET'])"
+    shown: list[str] = []
+    run_supervised(python(show), tmp_path, show=shown.append, defaults={"IRD_TEST_SET": "no", "IRD_TEST_UNSET": "yes"})
+    assert shown == ["mine yes"]
+
+
+STAGE = """
+import os, pathlib, signal, sys, time
+out = pathlib.Path(next(a for a in sys.argv if a.startswith("out=")).removeprefix("out="))
+rank = os.environ["RANK"]
+(out / f"rank-{rank}").write_text(str(os.getpid()))
+while len(list(out.glob("rank-*"))) < 2:
+    time.sleep(0.05)
+if rank == "1":
+    os.kill(os.getppid() if "launch" in sys.argv else os.getpid(), signal.SIGKILL)
+time.sleep(300)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["launch", "rank"])
+def test_a_process_killed_inside_deepspeed_is_a_failure_and_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    """`deepspeed` returns 0 when its own child is killed, as the kernel does when memory runs out."""
+    (tmp_path / "killed_stage.py").write_text(STAGE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{REPOSITORY}")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    out = tmp_path / "out"
+    with pytest.raises(StageFailed, match="exit code 0 but no" if killed == "launch" else "exit code 247") as failure:
+        run_deepspeed("killed_stage", tmp_path / "none.yaml", [killed], out, ranks=2, show=lambda line: None)
+    assert failure.value.code == 1
+    assert not any(psutil.pid_exists(int((out / f"rank-{rank}").read_text())) for rank in range(2))
