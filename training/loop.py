@@ -91,6 +91,7 @@ def run_stage(
         first_step, samples_lost = manifest["step"], manifest["samples_lost"]
     tracker = Tracker(config.tracking, stage, out, is_main=ranks.is_main)
     if ranks.is_main:
+        (out / MARKER).unlink(missing_ok=True)  # of a shorter run: it must not speak for this one if this one is killed
         _say(
             f"{stage}: resuming at step {first_step}"
             if saved
@@ -146,6 +147,7 @@ def run_stage(
     meter = _Meter(stage, config, first_step)
     batches = iter(loader)
     engine.train()
+    ranks.watchdog.beat()
     for step in range(first_step, config.steps):
         waited_from = time.perf_counter()
         batch = next(batches)
@@ -159,6 +161,7 @@ def run_stage(
         if average is not None:
             average.update(engine.module)
         meter.add(metrics)
+        ranks.watchdog.beat()
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             logged = meter.read(done)
@@ -172,7 +175,8 @@ def run_stage(
                 tracker.flush()
         stopping = stop.agreed(ranks.device)
         if stopping or done % config.checkpoint_every == 0 or done == config.steps:
-            samples_lost = checkpoint_at(done, done * per_step)
+            with ranks.watchdog.paused():
+                samples_lost = checkpoint_at(done, done * per_step)
         if stopping and done < config.steps:
             if ranks.is_main:
                 _say(f"{stage}: stopped by a signal at step {done}, saved; run the same command to go on")
