@@ -88,7 +88,7 @@ def start_ranks(
     world = base64.urlsafe_b64encode(json.dumps({host.name: [0] for host in hosts.all}).encode()).decode()
     started, logs = [], [folder / f"{rank}.log" for rank in range(2)]
     for rank, (host, log) in enumerate(zip(hosts.all, logs)):
-        settings = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "IRD_JOIN_TIMEOUT": "15"}
+        settings = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "IRD_JOIN_TIMEOUT": "60"}
         settings |= {"MASTER_ADDR": hosts.a.address, "MASTER_PORT": "29500", "PYTHONPATH": str(REPOSITORY)}
         parent = ["sh", "-c", '"$PYTHON" -c "$MEET"; exit $?', "launcher", f"--world_info={world}"]
         settings |= {"PYTHON": sys.executable, "MEET": MEET, **more}
@@ -100,7 +100,7 @@ def start_ranks(
 def meet(hosts: TwoHosts, folder: Path, through: tuple[str, ...] = (), **more: str) -> list[tuple[int, str]]:
     """Exit code and words of two such ranks."""
     started, logs = start_ranks(hosts, folder, through, **more)
-    return [(process.wait(120), log.read_text()) for process, log in zip(started, logs)]
+    return [(process.wait(200), log.read_text()) for process, log in zip(started, logs)]
 
 
 def test_a_network_that_is_away_for_a_moment_costs_nothing_but_the_moment(
@@ -130,9 +130,10 @@ def test_a_host_that_cannot_be_reached_at_the_start_is_named_on_both_sides(
     a, b = two_hosts.all
     two_hosts.cut(b)
     try:
-        (code_a, said_a), (code_b, said_b) = meet(two_hosts, tmp_path, GLOO_SOCKET_IFNAME=INTERFACE)
+        found = meet(two_hosts, tmp_path, GLOO_SOCKET_IFNAME=INTERFACE, IRD_JOIN_TIMEOUT="15")
     finally:
         two_hosts.mend(b)
+    (code_a, said_a), (code_b, said_b) = found
     assert code_a == code_b == LOST
     assert f"5 s at the start: 1 of 2 ranks have come to {a.address}:29500. Missing: rank 1 ({b.name})" in said_a
     assert f"rank 1 on {b.name} does not reach rank 0 at {a.address}:29500: " in said_b
@@ -157,7 +158,7 @@ def test_an_interface_that_leads_nowhere_is_named(
         for command in ("link add docker0 type bridge", f"address add {address} dev docker0", "link set docker0 up"):
             assert host.run("ip", *command.split()).returncode == 0
     try:
-        found = meet(two_hosts, tmp_path, GLOO_SOCKET_IFNAME="docker0")
+        found = meet(two_hosts, tmp_path, GLOO_SOCKET_IFNAME="docker0", IRD_JOIN_TIMEOUT="30")
     finally:
         for host in two_hosts.all:
             host.run("ip", "link", "delete", "docker0")

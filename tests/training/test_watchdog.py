@@ -33,7 +33,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], dic
 @pytest.mark.parametrize(
     ("scenario", "codes", "rank_0_says", "rank_1_says"),
     [
-        ("stopped", (LOST, LOST), "(rank 1) has not been heard of for 8 s", ""),
+        ("stopped", (LOST, LOST), "(rank 1) has not been heard of for 12 s", ""),
         ("first_killed", (-9, LOST), "", ""),
         ("stuck", (LOST, LOST), "(rank 1) is behind the others", ""),
         ("paused", (0, 0), "", ""),
@@ -62,7 +62,7 @@ def test_ranks_end_together_or_not_at_all(
 @pytest.mark.slow
 def test_a_stuck_step_says_where_it_stands(ranks: tuple[dict[str, int], dict[str, str]]) -> None:
     _, said = ranks
-    assert "no step ended for 5 s" in said["stuck-0"]
+    assert "no step ended for 8 s" in said["stuck-0"]
     assert "watched_ranks.py" in said["stuck-0"] and "forever" in said["stuck-0"]
 
 
