@@ -210,13 +210,25 @@ def session_processes(session: int) -> Iterator[psutil.Process]:
 
 
 def end_session(session: int, patience: float = 10.0) -> None:
-    """End every process of a session: SIGTERM, then after ``patience`` seconds SIGKILL."""
+    """End every process of a session, and what they started in others: SIGTERM, ``patience`` seconds later SIGKILL."""
+    outside: set[psutil.Process] = set()  # pdsh gives each ssh a session of its own
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        living = [p for p in session_processes(session) if p.status() != psutil.STATUS_ZOMBIE]
+        members = set(session_processes(session))
+        for member in members:
+            with contextlib.suppress(psutil.Error):
+                outside |= set(member.children(recursive=True))
+        living = [process for process in members | outside if _lives(process)]
         for process in living:
             with contextlib.suppress(OSError, psutil.Error):
                 process.send_signal(sign)
         psutil.wait_procs(living, timeout=patience)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _resident(process: psutil.Process) -> int:

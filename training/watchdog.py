@@ -240,7 +240,7 @@ def _compiles() -> bool:
 def _place() -> str:
     """Where the main thread stands: file, line and function, the innermost first."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    places = []
+    places: list[str] = []
     while frame is not None and len(places) < 4:
         file = "/".join(frame.f_code.co_filename.split("/")[-2:])
         places.append(f"{file}:{frame.f_lineno} {frame.f_code.co_name}")

@@ -234,8 +234,10 @@ def test_over_pdsh_through_a_killed_launcher_and_a_host_cut_off_to_the_same_weig
         return process
 
     process = train_beyond("")
-    killed = list(session_processes(process.pid))
-    assert {"pdsh", "ssh"} <= {member.name() for member in killed}
+    killed = {
+        child for member in session_processes(process.pid) for child in [member, *member.children(recursive=True)]
+    }
+    assert {"pdsh.bin", "ssh"} <= {member.name() for member in killed}
     for member in killed:
         member.kill()
     process.wait()

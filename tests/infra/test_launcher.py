@@ -20,6 +20,18 @@ CHILD = (
 )
 
 
+SUPERVISOR = (
+    "import sys; from pathlib import Path; from infra.launcher import run_supervised\n"
+    "run_supervised([sys.executable, '-c', sys.argv[1]], Path(sys.argv[2]))"
+)
+
+
+def wait_for_child(folder: Path) -> None:
+    # The command line, first in the log, says "child" too.
+    while not (folder / "log.txt").exists() or "\nchild" not in (folder / "log.txt").read_text():
+        time.sleep(0.05)
+
+
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
@@ -53,6 +65,21 @@ def test_children_left_behind_are_ended(tmp_path: Path) -> None:
     assert not psutil.pid_exists(child_of(tmp_path / "log.txt"))
 
 
+def test_children_in_a_session_of_their_own_are_ended_on_an_interrupt(tmp_path: Path) -> None:
+    """pdsh starts each ssh in one, and a host at the other end of an ssh that lives would train on unseen."""
+    apart = CHILD.replace("time.sleep(300)'])", "time.sleep(300)'], start_new_session=True)")
+    assert apart != CHILD
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISOR, apart + "; p.wait()", str(tmp_path)], start_new_session=True
+    )
+    wait_for_child(tmp_path)
+    child = psutil.Process(child_of(tmp_path / "log.txt"))
+    supervisor.terminate()
+    supervisor.wait(60)
+    psutil.wait_procs([child], timeout=30)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
 def test_an_interrupt_ends_the_whole_session(tmp_path: Path) -> None:
     def interrupt_main_thread() -> None:
         while "\nchild" not in (tmp_path / "log.txt").read_text():  # the command line in the log says "child" too
@@ -73,11 +100,8 @@ def test_an_interrupt_ends_the_whole_session(tmp_path: Path) -> None:
 def test_nothing_is_left_when_the_supervisor_is_killed(tmp_path: Path, sign: signal.Signals) -> None:
     """SIGTERM ends the session; SIGKILL cannot, but the kernel tells the child."""
     work = "import os, time; print('child', os.getpid(), flush=True); time.sleep(300)"
-    code = "import sys; from pathlib import Path; from infra.launcher import run_supervised\n"
-    code += "run_supervised([sys.executable, '-c', sys.argv[1]], Path(sys.argv[2]))"
-    supervisor = subprocess.Popen([sys.executable, "-c", code, work, str(tmp_path)])
-    while not (tmp_path / "log.txt").exists() or "\nchild" not in (tmp_path / "log.txt").read_text():
-        time.sleep(0.05)
+    supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISOR, work, str(tmp_path)])
+    wait_for_child(tmp_path)
     child = psutil.Process(child_of(tmp_path / "log.txt"))
     supervisor.send_signal(sign)
     supervisor.wait(30)
