@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.doctor import remote
-from infra.doctor.check import GIB, Check, output_of, short
+from infra.doctor.check import GIB, Check, Status, output_of, short
 
 _SSH_SECONDS = 5
 _TASK_SECONDS = 30
@@ -170,7 +170,7 @@ def _alike(hosts: dict[str, Facts]) -> Iterator[Check]:
     off = {host: facts["skew"] for host, facts in hosts.items() if facts["skew"] > _CLOCK_WARNS}
     if off:
         found = ", ".join(f"{host} by {seconds:.0f} s" for host, seconds in off.items())
-        status = "fail" if max(off.values()) > _CLOCK_FAILS else "warn"
+        status: Status = "fail" if max(off.values()) > _CLOCK_FAILS else "warn"
         yield Check("hosts: clock", status, f"another time on {found}", "Start chrony or systemd-timesyncd there.")
     if hosts and not missing and not off and all(facts["code"] == here["code"] for facts in hosts.values()):
         yield Check("hosts", "ok", f"the same versions, code ({here['code']}) and time as here")
