@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +25,22 @@ import psutil
 from infra.errors import Refusal
 
 MARKER = "finished.json"
+PREEMPTED = 75  # exit code of a stage that was told to stop and has saved: run it again (EX_TEMPFAIL)
+LOST = 69  # exit code of ranks that lost another one, or its host: run it again (EX_UNAVAILABLE)
 PROGRESS = "ird| "  # ranks begin a line with it when a person should see the line
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class StageFailed(Refusal, RuntimeError):
-    """A stage ended without its finished marker. The message holds the end of its log."""
+    """A stage ended without its finished marker. The message holds the end of its log.
+
+    ``code`` is what a scheduler should see: ``PREEMPTED`` or ``LOST`` (run it again), 2 (refused), 1 for all else.
+    """
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,9 @@ def run_deepspeed(
         ranks: processes on this host; with ``hostfile`` the slots of the hosts decide.
         show: called with each progress line (those that ranks begin with ``PROGRESS``).
 
+    To the hosts of a ``hostfile`` the ssh connections get a keepalive: without one, ``deepspeed`` waits for ever for a
+    host that was cut off, after all ranks elsewhere have ended. PDSH_SSH_ARGS_APPEND replaces it.
+
     Raises:
         StageFailed: the launcher failed, or returned 0 without a finished marker.
     """
@@ -76,7 +88,8 @@ def run_deepspeed(
         f"out={out}",
         *overrides,
     ]
-    return run_supervised(command, out, show=show, marker=out / MARKER, threads=1)
+    more = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"} if hostfile else {}
+    return run_supervised(command, out, show=show, marker=out / MARKER, defaults={"OMP_NUM_THREADS": "1", **more})
 
 
 def run_supervised(
@@ -86,7 +99,7 @@ def run_supervised(
     show: Callable[[str], None] = print,
     pick: Callable[[str], str | None] | None = None,
     marker: Path | None = None,
-    threads: int | None = None,
+    defaults: Mapping[str, str] | None = None,
 ) -> StageReport:
     """Run ``command`` in a session of its own, log to ``out``/log.txt, and end the whole session with it.
 
@@ -94,7 +107,7 @@ def run_supervised(
         show: called with each progress line.
         pick: what of a log line is shown, or None; default: what stands behind ``PROGRESS``.
         marker: file that must be there afterwards, whatever the exit code says.
-        threads: OMP_NUM_THREADS of the command where the environment does not set it.
+        defaults: variables for the command, where the environment does not set them.
 
     Raises:
         StageFailed: a non-zero exit code, or no marker. The message ends with the last lines of the log.
@@ -105,11 +118,13 @@ def run_supervised(
     with open(log_path, "a") as log:
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
-        code, peak_memory = _supervise(command, log_path, log.fileno(), show, pick or progress_of, threads)
+        code, peak_memory = _supervise(command, log_path, log.fileno(), show, pick or progress_of, defaults or {})
     if code != 0 or (marker is not None and not marker.exists()):
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-40:])
         reason = f"exit code {code}" if code else f"exit code 0 but no {marker}"
-        raise StageFailed(f"{shlex.join(command)}\nfailed ({reason}). Full log: {log_path}\n{tail}")
+        # 255 is ssh's word, and so pdsh's: a host could not be reached, or no longer.
+        seen = LOST if code == 255 else code if code in (2, LOST, PREEMPTED) else 1
+        raise StageFailed(f"{shlex.join(command)}\nfailed ({reason}). Full log: {log_path}\n{tail}", seen)
     return StageReport(time.monotonic() - started, peak_memory)
 
 
@@ -142,12 +157,10 @@ def _supervise(
     log: int,
     show: Callable[[str], None],
     pick: Callable[[str], str | None],
-    threads: int | None,
+    defaults: Mapping[str, str],
 ) -> tuple[int, int]:
     position = log_path.stat().st_size
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if threads is not None:
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    environment = {**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command,
         stdout=log,
@@ -197,13 +210,25 @@ def session_processes(session: int) -> Iterator[psutil.Process]:
 
 
 def end_session(session: int, patience: float = 10.0) -> None:
-    """End every process of a session: SIGTERM, then after ``patience`` seconds SIGKILL."""
+    """End every process of a session, and what they started in others: SIGTERM, ``patience`` seconds later SIGKILL."""
+    outside: set[psutil.Process] = set()  # pdsh gives each ssh a session of its own
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        living = [p for p in session_processes(session) if p.status() != psutil.STATUS_ZOMBIE]
+        members = set(session_processes(session))
+        for member in members:
+            with contextlib.suppress(psutil.Error):
+                outside |= set(member.children(recursive=True))
+        living = [process for process in members | outside if _lives(process)]
         for process in living:
             with contextlib.suppress(OSError, psutil.Error):
                 process.send_signal(sign)
         psutil.wait_procs(living, timeout=patience)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _resident(process: psutil.Process) -> int:

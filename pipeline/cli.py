@@ -93,7 +93,10 @@ def train(
     hostfile: Annotated[Path | None, typer.Option(help="DeepSpeed hostfile for several hosts.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Run a training stage under the `deepspeed` launcher, and end all its processes with it."""
+    """Run a training stage under the `deepspeed` launcher, and end all its processes with it.
+
+    Exit codes: 0 finished, 2 refused, 75 told to stop and saved, 69 a rank or its host was lost (both: run it again).
+    """
     from infra.config import ConfigError, load_config
     from infra.launcher import StageFailed, run_deepspeed
     from training.config import StageConfig
@@ -114,7 +117,7 @@ def train(
         run_deepspeed(f"training.{stage}", config, overrides or [], out, ranks=ranks, hostfile=hostfile)
     except StageFailed as failure:
         print(failure, file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise typer.Exit(failure.code) from None
 
 
 @app.command(

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infra.errors import Refusal
 from infra.files import write_atomically
 from training.config import GuardConfig
 from training.engine import torch_optimizer
@@ -26,7 +25,7 @@ _MEMORY = 0.98  # of the running mean, a step
 _SHOWN = 3  # bad steps that are written down in a row; patches of each
 
 
-class Diverged(Refusal, RuntimeError):
+class Diverged(RuntimeError):
     """The run was stopped after too many bad steps in a row. The message says where the batches are."""
 
 

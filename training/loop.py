@@ -124,6 +124,7 @@ def run_stage(
     engine.train()
     gc.collect()
     gc.freeze()  # what is here stays: the collector need not look at it again and again
+    ranks.watchdog.beat()
     try:
         for step in range(first_step, config.steps):
             torch.manual_seed(config.seed + step * ranks.world_size + ranks.rank)
@@ -146,16 +147,19 @@ def run_stage(
             if average is not None:
                 average.update(engine.module)
             guard.after_step(step, batch)
+            ranks.watchdog.beat()
             phase, done = plan.phase_of(step), step + 1
             meter.stepped(phase.samples * data.crops_per_sample)
             last = done == config.steps
             if done % config.log_every == 0 or last:
                 run.log(done, {"lr": rate, "patch": phase.patch})
             if validator is not None and (done % config.validation.every == 0 or last):
-                run.validate(done, validator)
+                with ranks.watchdog.paused():
+                    run.validate(done, validator)
             stopping = stop.agreed() and not last
             if stopping or last or done % config.checkpoint_every == 0:
-                run.checkpoint(done, plan.samples_before(done))
+                with ranks.watchdog.paused():
+                    run.checkpoint(done, plan.samples_before(done))
             if stopping:
                 run.writer.finish()
                 run.end("KILLED", f"stopped by a signal at step {done}, saved; run the same command to go on")

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # One node's share of a DeepSpeed job, for schedulers that start something on every node: no ssh between the nodes.
 #   run_node.sh NODE_RANK MASTER_ADDR HOSTFILE MODULE [arguments of the module]
-# MASTER_PORT may be set (default 29500). Exit codes: 0 finished, 75 told to stop (run it again), else what went wrong.
+# MASTER_PORT may be set (default 29500). What ranks need must stand in the environment, GLOO_SOCKET_IFNAME for one:
+# .deepspeed_env is read by launches over ssh alone. Exit codes: 0 finished, 75 told to stop and 69 another host was lost
+# (both: run it again), 2 refused (again would not help), else what went wrong.
 #
 # A scheduler's SIGTERM is for the ranks: they save at the next step boundary and end by themselves. The launcher's first
 # process would die of it and leave them behind, and its second loses their exit code; both are kept out of it here.
@@ -24,8 +26,13 @@ stop() {
 }
 trap stop TERM
 
+# Every rank leaves its exit code here (training/entry.py).
+codes=$(mktemp -d)
+trap 'rm -rf "$codes"' EXIT
+
 (
     trap '' TERM
+    export IRD_EXIT_CODES=$codes
     exec deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" \
         --master_addr "$master" --master_port "${MASTER_PORT:-29500}" --module "$module" "$@"
 ) &
@@ -42,5 +49,15 @@ while pgrep "${ranks[@]}" >/dev/null; do sleep 1; done
 
 if $stopping && [[ $code -ne 0 ]]; then
     exit 75
+fi
+if [[ $code -eq 0 ]]; then
+    # The launcher returns 0 when its own child was killed, by lack of memory for one; the ranks know better.
+    said=$(cat "$codes"/rank-* 2>/dev/null | sort -u)
+    case $said in
+        0) ;;
+        *75*) code=75 ;;
+        *) code=1 ;;
+    esac
+    [[ $code -eq 0 ]] || echo "run_node.sh: the launcher says 0, but the ranks ended with: ${said//$'\n'/ }" >&2
 fi
 exit "$code"

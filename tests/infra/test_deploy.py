@@ -1,5 +1,6 @@
 """The deployment files are what their programs take, and a node started by a scheduler ends as the scheduler asks."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -9,13 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from mlflow.cli import server as mlflow_server
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 import infra
-from infra.launcher import free_port
+from infra.launcher import PREEMPTED, free_port
 
 DEPLOY = Path(infra.__file__).parent / "deploy"
 FILES = sorted(path for path in DEPLOY.rglob("*") if path.is_file())
@@ -43,6 +45,13 @@ def test_ray_takes_the_cluster_file() -> None:
     assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][1], "the job server is remote execution"
 
 
+def test_kubernetes_takes_the_manifest() -> None:
+    """By the API's own schema, of the oldest release that is still maintained and of the newest that is known."""
+    for version in ("1.33", kubernetes_validate.latest_version()):
+        for resource in yaml.safe_load_all((DEPLOY / "kubernetes" / "pretrain.yaml").read_text()):
+            kubernetes_validate.validate(resource, version, strict=True)
+
+
 def test_kubernetes_job_agrees_with_itself() -> None:
     service, job = yaml.safe_load_all((DEPLOY / "kubernetes" / "pretrain.yaml").read_text())
     spec = job["spec"]
@@ -56,6 +65,9 @@ def test_kubernetes_job_agrees_with_itself() -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     rules = [rule["onExitCodes"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
     assert {rule["containerName"] for rule in rules} == {container["name"]}
+    actions = {tuple(rule["onExitCodes"]["values"]): rule["action"] for rule in spec["podFailurePolicy"]["rules"][::2]}
+    assert actions == {(PREEMPTED,): "Ignore", (2,): "FailJob"}  # LOST counts against backoffLimit
+    assert pod["restartPolicy"] == "Never", "the policy would not be taken"
     script = container["args"][0]
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert (DEPLOY.parents[1] / environment["CONFIG"]).is_file()
@@ -82,43 +94,146 @@ def test_systemd_unit_has_no_unknown_key(tmp_path: Path) -> None:
     assert "mlflow.service" not in done.stderr, done.stderr
 
 
+# Stands in for a stage, and keeps to training/entry.py: the folder IRD_EXIT_CODES, SIGTERM, 75.
 STAGE = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
 me = f"{os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
-open(f"started {me}", "w").close()
-while not stopped and "finish" not in sys.argv:
+word = pathlib.Path(os.environ["IRD_EXIT_CODES"], f"rank-{os.environ['RANK']}")
+word.write_text("running\\n")
+pathlib.Path(f"started {me}").touch()
+if "launcher" in sys.argv:
+    os.kill(os.getppid(), signal.SIGKILL)
+while not stopped and not {"finish", "launcher"} & set(sys.argv):
     time.sleep(0.1)
 time.sleep(2)  # saving
-open(f"saved {me}", "w").close()
-sys.exit(75 if stopped else 0)
+pathlib.Path(f"saved {me}").touch()
+code = 75 if stopped or "launcher" in sys.argv else 0
+out = [a.removeprefix("out=") for a in sys.argv if a.startswith("out=")]
+if out and code == 0:
+    pathlib.Path(out[0], "finished.json").touch()
+word.write_text(f"{code}\\n")
+sys.exit(code)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "to_group"), [(2, False), (1, True)], ids=["kubelet: one process", "slurm: all"])
-def test_a_node_that_is_told_to_stop_lets_its_ranks_save(tmp_path: Path, count: int, to_group: bool) -> None:
-    ranks = [f"{rank} of {count}" for rank in range(count)]
-    nodes = _start_nodes(tmp_path, count)
+def test_nodes_that_the_kubelet_tells_to_stop_let_their_ranks_save(tmp_path: Path) -> None:
+    nodes = _start_nodes(tmp_path, 2)
     try:
-        _wait_for(tmp_path, {f"started {rank}" for rank in ranks}, nodes)
+        _wait_for(tmp_path, {"started 0 of 2", "started 1 of 2"}, nodes)
         for node in nodes:
-            (os.killpg if to_group else os.kill)(node.pid, signal.SIGTERM)
-        assert [node.wait(timeout=120) for node in nodes] == [75] * count, (tmp_path / "log").read_text()
-        assert all((tmp_path / f"saved {rank}").exists() for rank in ranks)
+            os.kill(node.pid, signal.SIGTERM)  # to one process; Slurm tells all of them
+        assert [node.wait(timeout=120) for node in nodes] == [75] * 2, (tmp_path / "log").read_text()
+        assert all((tmp_path / f"saved {rank} of 2").exists() for rank in range(2))
     finally:
         _end(nodes)
 
 
 @pytest.mark.slow
-def test_a_node_that_finishes_returns_zero(tmp_path: Path) -> None:
-    nodes = _start_nodes(tmp_path, 1, "finish")
+def test_a_node_whose_launcher_is_killed_does_not_return_zero(tmp_path: Path) -> None:
+    nodes = _start_nodes(tmp_path, 1, "launcher")
     try:
-        assert nodes[0].wait(timeout=240) == 0, (tmp_path / "log").read_text()
-        assert (tmp_path / "saved 0 of 1").exists()
+        assert nodes[0].wait(timeout=240) == 75, (tmp_path / "log").read_text()
+        assert "the launcher says 0, but the ranks ended with: 75" in (tmp_path / "log").read_text()
     finally:
         _end(nodes)
+
+
+# Slurm's commands as far as the script uses them: two nodes are two sessions of this machine, under its two names.
+SLURM = {
+    "srun": """
+for node in 0 1; do
+    SLURM_NODEID=$node setsid "${@:2}" &
+    echo $! >>"$NODES"
+done
+code=0
+for node in $(tail -n 2 "$NODES"); do
+    one=0
+    wait "$node" || one=$?
+    ((one > code)) && code=$one
+done
+exit "$code"
+""",
+    "scontrol": """
+case $1 in
+    show) printf "localhost\\n127.0.0.1\\n" ;;
+    requeue) echo "$2" >>requeued ;;
+esac
+""",
+    "scancel": """
+for node in $(tail -n 2 "$NODES"); do kill -TERM -- "-$node"; done
+""",
+}
+
+
+@pytest.mark.slow
+def test_a_slurm_job_requeues_itself_until_it_has_finished(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name, text in SLURM.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "infra").symlink_to(DEPLOY.parent)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "stage.py").write_text(STAGE)
+    (tmp_path / "none.yaml").touch()
+    job = 1 + free_port()
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "NODES": str(tmp_path / "nodes"),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_JOB_ID": str(job),
+        "DS_ACCELERATOR": "cpu",
+    }
+
+    def submit(*more: str) -> subprocess.Popen[bytes]:
+        script = str(DEPLOY / "slurm" / "pretrain.sbatch")
+        with open(tmp_path / "log", "ab") as log:
+            return subprocess.Popen(
+                ["bash", script, "stage", "none.yaml", str(tmp_path / "out"), *more],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    batch = submit()
+    try:
+        _wait_for(tmp_path, {"started 0 of 2", "started 1 of 2"}, [batch])
+        os.kill(batch.pid, signal.SIGTERM)  # --signal=B:TERM, before the time limit
+        assert batch.wait(timeout=120) == 75, (tmp_path / "log").read_text()
+        assert (tmp_path / "requeued").read_text() == f"{job}\n"
+        assert all((tmp_path / f"saved {rank} of 2").exists() for rank in range(2))
+
+        batch = submit("finish")
+        assert batch.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+        assert (tmp_path / "requeued").read_text() == f"{job}\n"
+    finally:
+        _end([batch])
+        for pid in (tmp_path / "nodes").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(pid), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"), [(75, 100, True), (69, 0, True), (69, 20, False), (1, 0, False), (0, 0, False)]
+)
+def test_a_slurm_job_requeues_itself_for_what_another_try_can_mend(
+    tmp_path: Path, code: int, restarts: int, requeued: bool
+) -> None:
+    (tmp_path / "bin").mkdir()
+    for name, text in {**SLURM, "srun": f"exit {code}"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    environment |= {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    script = str(DEPLOY / "slurm" / "pretrain.sbatch")
+    done = subprocess.run(["bash", script, "stage", "none.yaml", "out"], env=environment, timeout=60)
+    # 0 without finished.json is no success.
+    assert done.returncode == (code or 1) and (tmp_path / "requeued").exists() == requeued
 
 
 def _start_nodes(folder: Path, count: int, *arguments: str) -> list[subprocess.Popen[bytes]]:

@@ -1,6 +1,8 @@
 """The doctor names what is wrong with a machine, with a fix, and finds nothing wrong with a healthy one."""
 
 import contextlib
+import importlib.metadata
+import json
 import os
 import shutil
 import socket
@@ -8,12 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from infra.doctor import Check, hosts, machine, print_report, run_checks, services
+from infra.doctor.check import GIB
 from infra.errors import without_password
+from tests.support.dataset import REPOSITORY
+from tests.support.hosts import INTERFACE, TwoHosts, two_hosts  # noqa: F401  (a fixture)
 from tests.support.s3 import S3Server
 
 VARIABLES = (
@@ -227,9 +233,112 @@ def test_hosts_behind_a_real_sshd(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert "absent0 is not on node1, node2" in failure.detail
 
         file.write_text("node1 slots=2\nclosed slots=2\n")
+        (tmp_path / ".deepspeed_env").unlink()
         failure = only_failure(list(hosts.check_hostfile(file)))
         assert failure.name == "host closed"
         assert "refused" in failure.detail
+
+
+DOCTOR = """
+import dataclasses, json, sys
+from pathlib import Path
+from infra.doctor.hosts import check_hostfile
+print(json.dumps([dataclasses.asdict(check) for check in check_hostfile(Path(sys.argv[1]))]))
+"""
+
+
+def rows_of(hosts: TwoHosts, **more: str) -> dict[str, Check]:
+    """The rows of `ird doctor --hostfile`, asked on the first of two hosts that others cannot be told from."""
+    done = hosts.a.run(
+        *(sys.executable, "-c", DOCTOR, str(hosts.hostfile)), timeout=120, PYTHONPATH=str(REPOSITORY), **more
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {row["name"]: Check(**row) for row in json.loads(done.stdout)}
+
+
+def wrong(rows: dict[str, Check]) -> set[str]:
+    assert all(row.fix for row in rows.values() if row.status != "ok")
+    return {name for name, row in rows.items() if row.status != "ok"}
+
+
+@pytest.mark.slow
+def test_two_healthy_hosts(two_hosts: TwoHosts) -> None:  # noqa: F811
+    rows = rows_of(two_hosts)
+    assert wrong(rows) == set(), rows
+    assert f"GLOO_SOCKET_IFNAME={INTERFACE} is on every host" in rows["interface"].detail
+    assert "10.77.0.1, 10.77.0.2" in rows["ports"].detail and "the same versions" in rows["hosts"].detail
+
+
+@pytest.mark.slow
+def test_a_host_that_does_not_answer_fails(two_hosts: TwoHosts) -> None:  # noqa: F811
+    two_hosts.cut(two_hosts.b)
+    try:
+        rows = rows_of(two_hosts)
+    finally:
+        two_hosts.mend(two_hosts.b)
+    assert wrong(rows) == {f"host {two_hosts.b.name}"} and "ssh: " in rows[f"host {two_hosts.b.name}"].detail
+
+
+@pytest.mark.slow
+def test_a_host_that_is_not_like_the_others_fails(two_hosts: TwoHosts) -> None:  # noqa: F811
+    b = two_hosts.b
+    interpreter = Path(sys.executable).resolve()
+    with b.another(interpreter, b"#!/bin/sh\nexit 1\n"):
+        rows = rows_of(two_hosts)
+    assert wrong(rows) == {f"host {b.name}"} and "does not run there" in rows[f"host {b.name}"].detail
+
+    source = REPOSITORY / "training" / "entry.py"
+    metadata = (
+        Path(str(importlib.metadata.distribution("torch").locate_file(""))) / f"torch-{version('torch')}.dist-info"
+    )
+    older = (metadata / "METADATA").read_text().replace(f"\nVersion: {version('torch')}\n", "\nVersion: 2.0.0\n")
+    with (
+        b.another(source, source.read_bytes() + b"# one commit ahead\n"),
+        b.another(metadata / "METADATA", older.encode()),
+    ):
+        rows = rows_of(two_hosts)
+    assert wrong(rows) == {"hosts: code", "hosts: torch"}, rows
+    assert f"{b.name}: 2.0.0" in rows["hosts: torch"].detail and b.name in rows["hosts: code"].detail
+
+
+@pytest.mark.slow
+def test_an_interface_over_which_hosts_do_not_reach_each_other_fails(two_hosts: TwoHosts) -> None:  # noqa: F811
+    for number, host in enumerate(two_hosts.all):
+        for command in ("link add docker0 type bridge", f"address add 172.17.{number}.1/24 dev docker0"):
+            assert host.run("ip", *command.split()).returncode == 0
+        assert host.run("ip", "link", "set", "docker0", "up").returncode == 0
+    settings = two_hosts.a.folder / "deepspeed_env"
+    usual = settings.read_text()
+    try:
+        settings.write_text("GLOO_SOCKET_IFNAME=docker0\n")
+        rows = rows_of(two_hosts)
+        assert wrong(rows) == {"ports"}, rows
+        assert f"{two_hosts.a.name} to {two_hosts.b.name}" in rows["ports"].detail
+
+        settings.write_text("DS_ACCELERATOR=cpu\n")
+        assert wrong(rows_of(two_hosts)) == {"interface"}  # several, and none chosen
+
+        assert two_hosts.b.run("ip", "link", "delete", "docker0").returncode == 0
+        settings.write_text("GLOO_SOCKET_IFNAME=docker0\n")
+        rows = rows_of(two_hosts)
+        assert wrong(rows) == {"interface"} and f"is not on {two_hosts.b.name}" in rows["interface"].detail
+    finally:
+        settings.write_text(usual)
+        two_hosts.a.run("ip", "link", "delete", "docker0")
+        two_hosts.b.run("ip", "link", "delete", "docker0")
+
+
+def test_clocks_disks_and_ports_of_hosts() -> None:
+    here = {"python": "3", "torch": "2", "deepspeed": "0", "ird": "0", "code": "c", "folder": True, "skew": 0.0}
+    here |= {"free": 5 * GIB, "port_taken": False}
+    late, full = here | {"skew": 3.5}, here | {"free": GIB, "port_taken": True}
+    clocks = [c for c in hosts._alike({"a": here, "b": late}) if c.name == "hosts: clock"]
+    assert [(c.status, c.detail) for c in clocks] == [("warn", "another time on b by 4 s")]
+    clocks = [c for c in hosts._alike({"a": here, "b": here | {"skew": 4000.0}}) if c.name == "hosts: clock"]
+    assert [c.status for c in clocks] == ["fail"]
+    rows = list(hosts._room({"a": full, "b": here}))
+    assert [(c.name, c.status) for c in rows] == [("hosts: disk", "warn"), ("master port", "warn")]
+    assert "1.0 GiB on a" in rows[0].detail and list(hosts._room({"a": here, "b": here})) == []
 
 
 def test_passwords_in_addresses_are_hidden() -> None:

@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from infra.launcher import PREEMPTED, StageFailed
+from pipeline.cli import app
 from tests.support.dataset import REPOSITORY
 
 IRD = str(Path(sys.executable).with_name("ird"))
@@ -69,3 +72,12 @@ def test_a_degradation_is_written_with_its_record(tmp_path: Path) -> None:
     assert [r.returncode for r in results] == [0, 0]
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes() != picture.read_bytes()
     assert '"steps"' in (tmp_path / "a.png.json").read_text()
+
+
+def test_train_returns_the_code_that_says_whether_to_run_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told_to_stop(*_: object, **__: object) -> None:
+        raise StageFailed("saved", PREEMPTED)
+
+    monkeypatch.setattr("infra.launcher.run_deepspeed", told_to_stop)
+    config = str(REPOSITORY / "configs/training/pretrain_demo.yaml")
+    assert CliRunner().invoke(app, ["train", "pretrain", "--config", config]).exit_code == PREEMPTED

@@ -17,9 +17,9 @@ import torch
 
 from datagen.degradations import load_recipe
 from infra.config import load_config
-from infra.errors import Refusal
 from training.corruption import degrade_by_recipe
 from training.cotraining import cotraining_objective
+from training.guard import Diverged
 from training.learner import Learner
 from training.loop import run_stage
 from training.pretrain import PretrainConfig, pretrain
@@ -45,8 +45,8 @@ def main() -> None:
         config = load_config(PretrainConfig, run["config"], run["settings"])
         try:
             outcomes.append(poisoned(config, run["poison"]) if run.get("poison") else pretrain(config))
-        except Refusal as refusal:
-            outcomes.append(str(refusal))
+        except Diverged as diverged:
+            outcomes.append(str(diverged))
     arguments.runs.with_name(f"outcomes-{arguments.local_rank}.json").write_text(json.dumps(outcomes))
     sys.exit(0)
 
