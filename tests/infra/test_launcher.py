@@ -28,7 +28,9 @@ SUPERVISOR = (
 
 def wait_for_child(folder: Path) -> None:
     # The command line, first in the log, says "child" too.
+    deadline = time.monotonic() + 60
     while not (folder / "log.txt").exists() or "\nchild" not in (folder / "log.txt").read_text():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
