@@ -1,9 +1,12 @@
 """DeepSpeed's engine for a stage, and its optimizer's state in a form that no world size or ZeRO stage shows in."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn import functional
 
 from training.config import StageConfig
 from training.distributed import Ranks
@@ -52,45 +55,48 @@ def optimizer_state(engine: Any) -> OptimizerState:
 
     Weights that no step has moved yet are left out.
     """
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    inner = torch_optimizer(engine).state
     state: OptimizerState = {}
-    steps = [own["step"] for own in inner.values() if "step" in own]
-    for name, weight in engine.module.named_parameters():
-        if not engine.zero_optimization_stage():
-            own = inner.get(weight, {})
+    names = {weight: name for name, weight in engine.module.named_parameters()}
+    inner = torch_optimizer(engine).state
+    if not engine.zero_optimization_stage():
+        for weight, own in inner.items():
             if "step" in own:
-                state[name] = {key: own[key].detach().cpu() for key in (*_MOMENTS, "step")}
-        elif steps:
-            moments = {key: safe_get_full_optimizer_state(weight, key).cpu() for key in _MOMENTS}
-            state[name] = {**moments, "step": steps[0].detach().cpu()}
+                state[names[weight]] = {key: own[key].detach().cpu() for key in (*_MOMENTS, "step")}
+        return state
+    for part, weights in _parts(engine):
+        if "step" not in inner.get(part, {}):
+            continue
+        whole = {key: _gathered(inner[part][key]) for key in _MOMENTS}
+        start = 0
+        for weight in weights:
+            place = slice(start, start + weight.numel())
+            state[names[weight]] = {key: whole[key][place].view_as(weight).cpu() for key in _MOMENTS}
+            state[names[weight]]["step"] = inner[part]["step"].detach().cpu()
+            start = place.stop
     return state
 
 
 def load_optimizer_state(engine: Any, state: OptimizerState) -> None:
     """Take up what ``optimizer_state`` gave, at any world size and ZeRO stage."""
-    if not state:
-        return
-    optimizer = torch_optimizer(engine)
-    weights = dict(engine.module.named_parameters())
+    inner = torch_optimizer(engine).state
+    named = dict(engine.module.named_parameters())
     if not engine.zero_optimization_stage():
         for name, own in state.items():
-            weight = weights[name]
-            optimizer.state[weight] = {key: value.to(weight.device, copy=True) for key, value in own.items()}
+            inner[named[name]] = {key: value.to(named[name].device, copy=True) for key, value in own.items()}
         return
-    from deepspeed.utils import safe_set_full_optimizer_state
-
-    # ZeRO moves all weights of a part in each step, so their counts are one.
-    step = max(own["step"] for own in state.values())
-    for group in optimizer.param_groups:
-        for part in group["params"]:
-            optimizer.state[part] = {key: torch.zeros_like(part) for key in _MOMENTS}
-            optimizer.state[part]["step"] = step.to(part.device, copy=True)
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
-    for name, own in state.items():
+    names = {weight: name for name, weight in named.items()}
+    for part, weights in _parts(engine):
+        moved = [state[names[weight]] for weight in weights if names[weight] in state]
+        if not moved:
+            continue
+        # ZeRO moves all weights of a part in each step, so their counts are one.
+        inner[part] = {"step": max(own["step"] for own in moved).to(part.device, copy=True)}
+        first = dist.get_rank() * part.numel()
         for key in _MOMENTS:
-            safe_set_full_optimizer_state(weights[name], own[key].to(weights[name].device), key)
+            values = [state[names[w]][key].flatten() if names[w] in state else w.new_zeros(w.numel()) for w in weights]
+            whole = torch.cat([value.to(part.device) for value in values])
+            padded = functional.pad(whole, (0, part.numel() * dist.get_world_size() - whole.numel()))
+            inner[part][key] = padded[first : first + part.numel()].clone()
 
 
 def load_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:
@@ -98,3 +104,27 @@ def load_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:
     engine.module.load_state_dict(weights)
     if engine.zero_optimization_stage():
         engine.optimizer.refresh_fp32_params()
+
+
+def gradients_of_step(engine: Any) -> list[torch.Tensor]:
+    """What this rank's optimizer is about to use, behind ZeRO its part of it; valid within a hook of its first step."""
+    found = [p.grad for group in torch_optimizer(engine).param_groups for p in group["params"] if p.grad is not None]
+    if engine.zero_optimization_stage():  # one group after the other; those to come are still here
+        found += [grad for grads in engine.optimizer.averaged_gradients.values() for grad in grads or []]
+    return found
+
+
+def _parts(engine: Any) -> Iterator[tuple[torch.Tensor, list[nn.Parameter]]]:
+    """This rank's part of each flat group of weights, and the weights that lie in the whole of it, one by one.
+
+    The parts of all ranks, one behind the other, are the weights and some padding behind the last.
+    """
+    for group, weights in zip(torch_optimizer(engine).param_groups, engine.optimizer.bit16_groups, strict=True):
+        (part,) = group["params"]
+        yield part, list(weights)
+
+
+def _gathered(part: torch.Tensor) -> torch.Tensor:
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part)
+    return torch.cat(parts)

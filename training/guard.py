@@ -18,7 +18,7 @@ from torch import Tensor
 
 from infra.files import write_atomically
 from training.config import GuardConfig
-from training.engine import torch_optimizer
+from training.engine import gradients_of_step, torch_optimizer
 
 _SETTLED = 20  # steps of a kind before its running mean is believed
 _MEMORY = 0.98  # of the running mean, a step
@@ -44,6 +44,7 @@ class Guard:
         self._means: dict[str, Tensor] = {}  # of each kind of step: running mean, number of steps
         self._kind = ""
         self._worst = torch.zeros(2, device=device)  # over ranks and parts of the step: not finite, highest loss
+        self._judged = False
         self._bad = torch.zeros((), device=device)
         self._pending: _Pending | None = None
         self._in_a_row = 0
@@ -65,7 +66,7 @@ class Guard:
         if getattr(self._engine.optimizer, "overflow", False):  # ZeRO saw it first, and never came to the hook
             self._bad = torch.ones_like(self._bad)
         before, self._pending = self._pending, _Pending(step, self._bad, batch)
-        self._worst = torch.zeros_like(self._worst)
+        self._worst, self._judged = torch.zeros_like(self._worst), False
         if before is not None:
             self._settle(before)
 
@@ -85,10 +86,16 @@ class Guard:
         self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients:
-            not_finite = (~torch.nn.utils.get_total_norm(gradients).isfinite()).float()
-            self._worst = torch.stack([torch.maximum(self._worst[0], not_finite), self._worst[1]])
+        if not self._judged:  # ZeRO calls once for each group of weights
+            self._judge()
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = self._bad  # type: ignore[attr-defined]
+
+    def _judge(self) -> None:
+        self._judged = True
+        norm = torch.nn.utils.get_total_norm(gradients_of_step(self._engine))
+        not_finite = torch.maximum(self._worst[0], (~norm.isfinite()).to(self._worst))
+        self._worst = torch.stack([not_finite, self._worst[1]])
         if dist.get_world_size() > 1:  # the worst rank decides for all, so that all have the same means
             dist.all_reduce(self._worst, op=dist.ReduceOp.MAX)
         bad, loss = self._worst[0] > 0, self._worst[1]
@@ -98,8 +105,6 @@ class Guard:
         keep = (count / (count + 1)).clamp(max=_MEMORY)
         self._means[self._kind] = torch.stack([torch.where(bad, mean, keep * mean + (1 - keep) * loss), count + ~bad])
         self._bad = bad.float()
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
-        optimizer.found_inf = self._bad  # type: ignore[attr-defined]
 
     def _settle(self, pending: _Pending) -> None:
         if not pending.flag.item():
