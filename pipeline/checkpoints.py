@@ -11,7 +11,8 @@ from rich.table import Table
 from infra.files import sha256_of_file
 from infra.tracking import TrackingConfig
 from pipeline.inference import parse_variant
-from pipeline.registry import EXPORT, pull
+from pipeline.registry.packaging import EXPORT
+from pipeline.registry.pulling import pull
 from pipeline.restore import default_cache
 from training.export import CONFIG, ExportError, load_export, save_export
 from training.models import build_model, variants_of

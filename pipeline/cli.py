@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from pipeline.registry.commands import app as registry_app
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -16,7 +18,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Curate image-restoration corpora, co-pretrain DyNet on them, restore pictures from the model registry.",
 )
-registry_app = typer.Typer(no_args_is_help=True, help="Models in the MLflow registry: push, list, pull, alias.")
 app.add_typer(registry_app, name="registry")
 
 Overrides = Annotated[
@@ -287,66 +288,37 @@ def doctor(
     raise typer.Exit(print_report(run_checks(hostfile=hostfile, s3_uri=s3)))
 
 
-@registry_app.command(epilog="Example:\n\n`ird registry push runs/finetune/export --name my-dynet --alias champion`")
-def push(
-    export: Annotated[Path, typer.Argument(help="Export folder of a training stage.")],
-    name: Annotated[str, typer.Option(help="Name of the registered model.")],
-    alias: Annotated[str | None, typer.Option(help="Alias that shall point to the new version.")] = None,
-    run_id: Annotated[
-        str | None, typer.Option(help="MLflow run of the version; default: the one in the export.")
+@app.command(
+    epilog="Examples:\n\n`ird trace models:/ird-demo@demo`\n\n`ird trace models:/ird-demo/1 --json`\n\n"
+    "`ird trace photographs/a.jpg --dataset runs/dataset`",
+)
+def trace(
+    target: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION; or a picture: its path, uri or sha256.")
+    ],
+    dataset: Annotated[
+        str | None, typer.Option(help="Folder or s3:// prefix of the dataset; for a model: where the run read it.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
-    """Register an export, all its variants, as a new model version."""
+    """Follow a model back to its pictures, or a picture to the samples, shards and models that hold it."""
+    import json
+
+    from infra.config import ConfigError
     from infra.tracking import TrackingConfig
-    from pipeline.registry import push as push_export
+    from pipeline import lineage
 
-    version = push_export(export, name, run_id=run_id, alias=alias, settings=TrackingConfig())
-    print(f"models:/{name}/{version}" + (f"  (models:/{name}@{alias})" if alias else ""))
-
-
-@registry_app.command(epilog="Example:\n\n`ird registry pull models:/ird-demo@demo --out models/`")
-def pull(
-    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
-    out: Annotated[Path, typer.Option(help="Folder that the model's own folder goes into.")],
-) -> None:
-    """Download a model version and check its sha256; it then restores without a server."""
-    from infra.tracking import TrackingConfig
-    from pipeline.registry import pull as pull_model
-
-    print(pull_model(model, out, TrackingConfig()))
-
-
-@registry_app.command("list", epilog="Examples:\n\n`ird registry list`\n\n`ird registry list ird-demo`")
-def list_models(name: Annotated[str | None, typer.Argument(help="Only this model.")] = None) -> None:
-    """List model versions with their aliases, runs and stages."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from infra.tracking import TrackingConfig
-    from pipeline.registry import list_versions
-
-    table = Table("model", "version", "aliases", "made", "stage", "dataset", "run")
-    for row in list_versions(TrackingConfig(), name):
-        made, tags = f"{row.created:%Y-%m-%d %H:%M}", row.tags
-        dataset = tags.get("dataset_id", "")[:16]
-        table.add_row(
-            row.name, str(row.version), ", ".join(row.aliases), made, tags.get("stage", ""), dataset, row.run_id
-        )
-    Console().print(table)
-
-
-@registry_app.command("alias", epilog="Example:\n\n`ird registry alias ird-demo 2 champion`")
-def alias_version(
-    name: Annotated[str, typer.Argument(help="Name of the registered model.")],
-    version: Annotated[int, typer.Argument(help="The version that the alias shall point to.")],
-    alias: Annotated[str, typer.Argument(help="The alias.")],
-) -> None:
-    """Point an alias to a version, and to no other any more."""
-    from infra.tracking import TrackingConfig
-    from pipeline.registry import set_alias
-
-    set_alias(name, version, alias, TrackingConfig())
-    print(f"models:/{name}@{alias} is version {version}")
+    settings = TrackingConfig()
+    if target.startswith("models:"):
+        traced = lineage.trace_model(target, settings, dataset)
+        text, whole = lineage.describe_model(traced), not traced["gaps"]
+    elif dataset is None:
+        raise ConfigError("a picture is looked for in a dataset: give --dataset")
+    else:
+        traced = lineage.trace_picture(target, dataset, settings)
+        text, whole = lineage.describe_picture(traced), traced["found"]
+    print(json.dumps(traced, default=str) if as_json else text)
+    raise typer.Exit(0 if whole else 1)
 
 
 def main() -> None:

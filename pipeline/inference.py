@@ -21,7 +21,7 @@ from datagen.degradations.kernels import MZSR_SIZE, gaussian_kernel
 from datagen.degradations.resample import imresize
 from infra.config import Config
 from infra.files import sha256_of_file
-from training.adaptation import adapt, enlarge
+from training.adaptation import ONE_STEP, adapt, enlarge
 from training.export import CONFIG, WEIGHTS, ExportError, load_export
 from training.models import DyNetConfig, ModelConfig, scale_of, variants_of
 from training.models.inputs import check_variant
@@ -44,6 +44,8 @@ class RestoreOptions(Config):
     # MZSR alone: variance in px² of the Gaussian blur that the picture is assumed to have gone through, isotropic,
     # on the grid of the result. 0: as many px² as the scale, near the middle of the kernels that MZSR trains on.
     kernel_variance: Annotated[float, Field(ge=0, le=400)] = 0.0
+    # MZSR alone: gradient steps on each picture before it is enlarged. 0: one, as in the paper.
+    steps: Annotated[int, Field(ge=0, le=20)] = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def offered_options(config: ModelConfig, metadata: dict[str, Any]) -> dict[str, 
     offered: dict[str, Any] = {"variant": variants_of(config)[-1], "tile": defaults.tile, "overlap": defaults.overlap}
     if config.name == "mzsr":
         offered |= {"scale": int(metadata.get("scale", 2)), "kernel_variance": defaults.kernel_variance}
+        offered |= {"steps": len(ONE_STEP)}
     return offered
 
 
@@ -121,7 +124,8 @@ def resolve_options(model: LoadedModel, options: RestoreOptions) -> RestoreOptio
         check_variant(variant, variants_of(model.config), model.config.name)
     scale = options.scale or offered.get("scale", 0)
     variance = options.kernel_variance or float(scale)
-    return options.model_copy(update={"variant": variant, "scale": scale, "kernel_variance": variance})
+    steps = options.steps or offered.get("steps", 0)
+    return options.model_copy(update={"variant": variant, "scale": scale, "kernel_variance": variance, "steps": steps})
 
 
 def restore_array(
@@ -195,7 +199,9 @@ def _adapted(
     top, left = ((side - kept) // 2 for side, kept in zip(image.shape[-2:], sides))
     target = image[..., top : top + sides[0], left : left + sides[1]]
     kernel = gaussian_kernel(MZSR_SIZE, options.kernel_variance, options.kernel_variance)
-    adapted = adapt(network, target, kernel, options.scale)
+    # The rates with which MZSR's released code goes on behind the first step.
+    rates = [*ONE_STEP, *[0.01] * 3, *[0.005] * options.steps][: options.steps]
+    adapted = adapt(network, target, kernel, options.scale, rates)
     if not adapted.helped:
         before, after = adapted.losses[0], adapted.losses[-1]
         notify(f"adaptation did not help (loss {before:.4f} before, {after:.4f} after); enlarged by bicubic")

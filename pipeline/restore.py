@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from infra.files import sha256_of_file
 from infra.tracking import TrackingConfig, tracking_uri
 from pipeline.inference import LoadedModel, RestoreOptions, load_model, resolve_options, restore_array
 from pipeline.pictures import SUFFIXES, Picture, inputs_below, read_picture, refuse_input_as_output, write_picture
-from pipeline.registry import EXPORT, RegistryError, pull
+from pipeline.registry.packaging import EXPORT
+from pipeline.registry.pulling import pull
+from pipeline.registry.server import RegistryError
 from training.export import ExportError
 
 # One line for each picture that has been restored into a folder; what makes a rerun skip it.
@@ -32,12 +35,14 @@ def resolve_model(
     *,
     cache: Path | None = None,
     device: str | torch.device | None = None,
+    notify: Callable[[str], None] = warnings.warn,
 ) -> LoadedModel:
     """Load a model by ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, an export folder or a pulled folder.
 
     Args:
         cache: where models from the registry are kept; by default ``ird`` in the user's cache folder.
         device: by default CUDA where there is one.
+        notify: told when the server is away and a copy that was pulled before is used.
 
     Raises:
         RegistryError: the registry has no such model, or does not answer.
@@ -45,7 +50,8 @@ def resolve_model(
     """
     settings = settings or TrackingConfig()
     if source.startswith("models:"):
-        return load_model(pull(source, cache or default_cache(settings), settings) / EXPORT, device)
+        folder = pull(source, cache or default_cache(settings), settings, notify=notify)
+        return load_model(folder / EXPORT, device)
     folder = Path(source)
     if not folder.is_dir():
         raise ExportError(
@@ -107,12 +113,16 @@ def restore_files(
         such model, input or option, or an output that would overwrite the input.
     """
     console = console or Console()
+
+    def say(message: str) -> None:
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
+
     try:
         options = RestoreOptions(
             variant=variant or "", tile=tile, overlap=overlap, scale=scale, kernel_variance=kernel_variance
         )
         pairs = _pairs(source, out)
-        model = resolve_model(model_source, settings, cache=cache, device=device)
+        model = resolve_model(model_source, settings, cache=cache, device=device, notify=say)
         options = resolve_options(model, options)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
