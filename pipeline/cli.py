@@ -118,30 +118,58 @@ def train(
 
 @app.command(
     epilog="Examples:\n\n`ird restore --model models:/ird-demo@demo --variant small noisy.png clean.png`\n\n"
-    "`ird restore --model runs/demo/finetune/out/export --variant large noisy/ restored/`",
+    "`ird restore --model runs/demo/finetune/out/export --budget-ms 500 --compare noisy/ restored/`\n\n"
+    "`ird restore --model models:/ird-demo@demo 'scans/**/*.tif' s3://bucket/restored`\n\n"
+    "`curl -s https://…/noisy.jpg | ird restore --model models:/ird-demo@demo - - > clean.jpg`",
 )
 def restore(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A picture, or a folder of pictures.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A file name, or a folder.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IN... OUT",
+            help="IN: pictures, folders, patterns, s3:// objects or prefixes, or - (standard input). "
+            "OUT: a file name, a folder, s3://, or -.",
+        ),
+    ],
     model: Annotated[str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or an export folder.")],
-    variant: Annotated[str, typer.Option(help="Which variant of the model: small or large for DyNet.")] = "",
-    tile: Annotated[int, typer.Option(help="Side of the tiles that large pictures are restored in, pixels.")] = 512,
+    variant: Annotated[
+        str, typer.Option(help="small or large for DyNet, depths as [2,4,4,6], or auto: the deepest in the budget.")
+    ] = "",
+    budget_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds that a picture may take; chooses the variant.")
+    ] = None,
+    budget_mem: Annotated[
+        str, typer.Option(help="Memory that a picture may take, as 2G; default: half of the free.")
+    ] = "",
+    tile: Annotated[
+        int, typer.Option(help="Side of tiles, pixels; 0: always whole; -1: whole where memory allows, else tiles.")
+    ] = -1,
     overlap: Annotated[int, typer.Option(help="Pixels that neighbouring tiles share.")] = 32,
+    compare: Annotated[bool, typer.Option("--compare", help="Also write NAME.compare.png: before and after.")] = False,
     scale: Annotated[int, typer.Option(help="MZSR: how much to enlarge; 0: what it was trained for.")] = 0,
+    steps: Annotated[int, typer.Option(help="MZSR: gradient steps on each picture; 0: one, as in the paper.")] = 0,
     kernel_variance: Annotated[float, typer.Option(help="MZSR: variance of the assumed blur, px^2; 0: the scale.")] = 0,
 ) -> None:
     """Restore pictures with a model from the registry or from an export folder."""
+    from infra.config import ConfigError
+
+    if len(paths) < 2:
+        raise ConfigError("give IN and OUT; see `ird restore --help`")
     from pipeline.restore import restore_files
 
     code = restore_files(
         model,
-        source,
-        out,
+        paths[:-1],
+        paths[-1],
         variant=variant or None,
         tile=tile,
         overlap=overlap,
         scale=scale,
+        steps=steps,
         kernel_variance=kernel_variance,
+        budget_ms=budget_ms,
+        budget_mem=budget_mem,
+        compare=compare,
     )
     raise typer.Exit(code)
 

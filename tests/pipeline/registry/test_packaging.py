@@ -36,7 +36,7 @@ for variant in ("small", "large"):
     np.save(f"plain-{variant}.npy", model.predict(picture, params={"variant": variant}))
 np.save("plain-batch.npy", model.predict(np.repeat(picture, 2, axis=0)))
 refusals = {}
-for name, params in {"typo": {"varient": "small"}, "variant": {"variant": "huge"}, "tile": {"tile": -1}}.items():
+for name, params in {"typo": {"varient": "small"}, "variant": {"variant": "huge"}, "tile": {"tile": -2}}.items():
     try:
         model.predict(picture, params=params)
     except mlflow.exceptions.MlflowException as error:
