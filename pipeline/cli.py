@@ -175,6 +175,37 @@ def restore(
 
 
 @app.command(
+    epilog="Examples:\n\n`ird serve --model models:/ird-demo@demo`\n\n"
+    "`ird serve --model models:/ird-demo@demo --model runs/demo/edsr/out/export --port 8091`"
+)
+def serve(
+    model: Annotated[list[str], typer.Option(help="As of `ird restore`; may be given several times.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: any that is free.")] = 8090,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Name that people reach it by, where that is not this machine's.")
+    ] = None,
+    max_mib: Annotated[float, typer.Option(help="Size of a file, MiB.")] = 20,
+    max_pixels: Annotated[int, typer.Option(help="Size of a picture, pixels.")] = 4_000_000,
+    waiting: Annotated[int, typer.Option(help="Requests that may wait; further ones get 429.")] = 8,
+    workers: Annotated[int, typer.Option(help="Pictures at work at a time.")] = 1,
+    timeout: Annotated[float, typer.Option(help="Seconds until a request gets 503.")] = 60,
+    budget_mem: Annotated[str, typer.Option(help="Memory that a picture may take, as 2G.")] = "",
+) -> None:
+    """Restore over HTTP, with a page to drop a picture on; on this machine alone unless --host says otherwise."""
+    import os
+
+    # OpenCV's own guard against decompression bombs, read when it is loaded.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(max_pixels))
+    from pipeline.serve import serve as run
+    from pipeline.serve import serving
+
+    names = {"host": host, "port": port, "max_bytes": int(max_mib * 2**20), "max_pixels": max_pixels}
+    names |= {"waiting": waiting, "workers": workers, "timeout": timeout}
+    run(*serving(model, allow_host or [], budget_mem, names))
+
+
+@app.command(
     epilog="Examples:\n\n`ird degrade clean.png degraded.png --recipe all_in_one_3 --seed 7`\n\n"
     "`ird degrade photographs/ degraded/ --recipe composite_weather`\n\n"
     "`ird degrade --replay degraded.png.json clean.png again.png`\n\n"

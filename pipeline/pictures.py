@@ -42,6 +42,10 @@ class PictureError(Refusal, ValueError):
     """A picture cannot be read or written. The message says what is wrong with it, without its path."""
 
 
+class TooLargeError(PictureError):
+    """A picture has more pixels than are taken; none was decoded."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """Upright pixels in the colour space of the file.
@@ -109,8 +113,9 @@ def decode_picture(data: bytes, max_pixels: int | None = None) -> Picture:
 
     Raises:
         PictureError: not such a picture, damaged, animated or of several pages, neither grey nor RGB, of
-            other than 8 or 16 bits a sample, larger than ``max_pixels``, or beyond Pillow's guard against
-            decompression bombs (179 million pixels).
+            other than 8 or 16 bits a sample.
+        TooLargeError: larger than ``max_pixels``, or beyond Pillow's guard against decompression bombs (179
+            million pixels).
     """
     with _faults_named(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -119,7 +124,7 @@ def decode_picture(data: bytes, max_pixels: int | None = None) -> Picture:
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 raise PictureError("animated, or of several pages")
             if max_pixels is not None and image.width * image.height > max_pixels:
-                raise PictureError(f"{image.width}x{image.height} pixels; at most {max_pixels:,} are taken")
+                raise TooLargeError(f"{image.width}x{image.height} pixels; at most {max_pixels:,} are taken")
             stored = _stored_mode(image)
             # Refuses what is damaged. For a TIFF it also applies the orientation, and forgets the tag.
             image.load()
@@ -267,6 +272,8 @@ def _faults_named() -> Iterator[None]:
         yield
     except PictureError:
         raise
+    except Image.DecompressionBombError as error:
+        raise TooLargeError(str(error)) from None
     except UnidentifiedImageError:
         raise PictureError(f"not a picture in {', '.join(sorted(set(_FORMATS.values())))}") from None
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, zlib.error and more
