@@ -127,7 +127,7 @@ def export_model(
         PortableError, ExportError, RegistryError: nothing is written.
     """
     console = console or Console()
-    export = _export_folder(model, settings or TrackingConfig(), cache)
+    export = _export_folder(model, settings or TrackingConfig(), cache, console)
     if out.suffix != SUFFIXES[format]:
         config: Any = load_export(export)[1]
         name = (variant or variants_of(config)[-1]).strip("[] ").replace(",", "-").replace(" ", "")
@@ -140,7 +140,8 @@ def export_model(
     console.print(f"{written.path}: {written.path.stat().st_size:,} bytes", markup=False, soft_wrap=True)
 
 
-def _export_folder(model: str, settings: TrackingConfig, cache: Path | None) -> Path:
+def _export_folder(model: str, settings: TrackingConfig, cache: Path | None, console: Console) -> Path:
     if model.startswith("models:"):
-        return pull(model, cache or default_cache(settings), settings) / EXPORT
+        folder = pull(model, cache or default_cache(settings), settings, notify=console.print)
+        return folder / EXPORT
     return Path(model) / EXPORT if (Path(model) / "MLmodel").exists() else Path(model)
