@@ -6,6 +6,7 @@ Starts a server of its own on a free port and ends it. Bounded in requests and i
 """
 
 import argparse
+import contextlib
 import http.client
 import io
 import json
@@ -75,13 +76,14 @@ def main() -> None:
 
 
 def ask(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-    """Status and body; status 0 when there is no answer."""
+    """Status and body; status 0 when the connection was closed without an answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     try:
-        connection.request(method, path, body)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before all was sent
+            connection.request(method, path, body)
         answer = connection.getresponse()
         return answer.status, answer.read()
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return 0, b""
     finally:
         connection.close()

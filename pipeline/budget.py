@@ -61,9 +61,9 @@ def measured_table(model: LoadedModel, cache: Path, notify: Callable[[str], None
     names = variants_of(model.config)
     notify(f"measuring {', '.join(names)} on this machine, once: {machine}")
     seconds = {name: measure_latency(model.config, name, _SIDE, _SIDE, runs=3, budget=6.0) for name in names}
-    table = {"machine": machine, "side": _SIDE, "seconds": dict(sorted(seconds.items(), key=lambda row: row[1]))}
-    write_atomically(file, json.dumps(table, indent=2).encode())
-    return dict(table["seconds"])
+    table = dict(sorted(seconds.items(), key=lambda row: row[1]))
+    write_atomically(file, json.dumps({"machine": machine, "side": _SIDE, "seconds": table}, indent=2).encode())
+    return table
 
 
 def choose_variant(

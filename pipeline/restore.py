@@ -220,7 +220,8 @@ def _restore(
     data = job.given.read()
     picture = decode_picture(data)
     if table:
-        choice = choose_variant(model, table, *picture.pixels.shape[:2], budget_ms)
+        height, width = picture.pixels.shape[:2]
+        choice = choose_variant(model, table, height, width, budget_ms)
         notify(choice.why)
         options = options.model_copy(update={"variant": choice.variant})
     restored = restore_picture(model, picture, options, notify=notify, memory=memory)

@@ -79,7 +79,7 @@ def make_app(models: Mapping[str, LoadedModel], config: ServeConfig) -> FastAPI:
     """The application, for uvicorn or any other ASGI server."""
     admission = Admission(config.workers, config.waiting)
     page = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True).get_template("serve.html")
-    facts = {"models": [_describe(name, model) for name, model in models.items()]}
+    facts: dict[str, Any] = {"models": [_describe(name, model) for name, model in models.items()]}
     facts |= {"limits": {"bytes": config.max_bytes, "pixels": config.max_pixels}, "formats": list(_TYPES)}
 
     @asynccontextmanager

@@ -53,11 +53,11 @@ def pull(model_uri: str, out: Path, settings: TrackingConfig, *, notify: Callabl
             tags = client.get_model_version(name, str(version)).tags
             folder = _fetch(name, version, tags, out, settings)
     except RegistryAwayError as away:
-        folder, asked = _last_known(name, alias, out, settings)
-        if folder is None:
+        known, asked = _last_known(name, alias, out, settings)
+        if known is None:
             raise
-        notify(f"{away}\nUsing the copy in {folder}, which {model_uri} was on {asked}")
-        return folder
+        notify(f"{away}\nUsing the copy in {known}, which {model_uri} was on {asked}")
+        return known
     if alias is not None:
         pointer = {"version": version, "uri": where_is(settings), "asked": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
         write_atomically(out / _ALIASES / f"{name}@{alias}.json", json.dumps(pointer).encode())
