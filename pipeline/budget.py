@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def measured_table(model: LoadedModel, cache: Path, notify: Callable[[str], None
 
 
 def choose_variant(
-    model: LoadedModel, table: dict[str, float], height: int, width: int, budget_ms: float | None
+    model: LoadedModel, table: Mapping[str, float], height: int, width: int, budget_ms: float | None
 ) -> Choice:
     """The deepest variant whose time for a picture of this size, in proportion to its pixels, is within the budget.
 

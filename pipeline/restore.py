@@ -5,8 +5,10 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,10 +139,12 @@ def restore_files(
     def say(message: str) -> None:
         console.print(message, markup=False, highlight=False, soft_wrap=True)
 
+    automatic = variant == AUTO_VARIANT or budget_ms is not None
     try:
-        automatic = variant == AUTO_VARIANT or budget_ms is not None
         if automatic and variant not in (None, "", AUTO_VARIANT):
             raise ConfigError(f"--budget-ms chooses the variant; leave out --variant {variant}, or the budget")
+        if compare and str(out) == STREAM:
+            raise ConfigError("--compare writes a second picture beside OUT, which - has not")
         options = RestoreOptions(
             variant="" if automatic else variant or "",
             tile=tile,
@@ -152,29 +156,61 @@ def restore_files(
         memory = parse_bytes(budget_mem) if budget_mem else None
         sources = [source] if isinstance(source, str | Path) else source
         work = plan([str(one) for one in sources], str(out))
-        if compare and str(out) == STREAM:
-            raise ConfigError("--compare writes a second picture beside OUT, which - has not")
         model = resolve_model(model_source, settings, cache=cache, device=device, notify=say)
         options = resolve_options(model, options)
-        table: dict[str, float] = {}
+        table = None
         if automatic:
             check_choice(model)
             table = measured_table(model, cache_root() / "measured", say)
-        asked = {"model": model.sha256, "compare": compare, "budget_ms": budget_ms, "budget_mem": memory}
-        asked |= options.model_dump() | ({"variant": AUTO_VARIANT} if automatic else {})
-        record = Record(work.folder, asked) if work.folder is not None else None
+        order = _Order(model, options, table, budget_ms, memory, compare)
+        record = Record(work.folder, order.request()) if work.folder is not None else None
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         return _refuse(faults)
     except (RegistryError, ExportError, ValueError, OSError) as error:
         return _refuse(str(error))
-    skipped, failures = 0, []
+    used, skipped, failures = _restore_all(order, work.jobs, record, console, say)
+    variants = next(iter(used), options.variant)
+    if len(used) > 1:
+        variants = " and ".join(f"{name} ({count})" for name, count in sorted(used.items()))
+    already = f", {skipped} already done" if skipped else ""
+    failed = f", {len(failures)} failed" if failures else ""
+    how = model.config.name if variants == "default" else variants
+    say(f"{used.total()} restored with {how}{already}{failed}: {out}")
+    for name, message in failures:
+        say(f"  failed: {name}: {message}")
+    return 1 if failures else 0
+
+
+@dataclass(frozen=True)
+class _Order:
+    """How pictures are to be restored. A ``table`` means that the budget chooses the variant of each."""
+
+    model: LoadedModel
+    options: RestoreOptions
+    table: Mapping[str, float] | None
+    budget_ms: float | None
+    memory: int | None
+    compare: bool
+
+    def request(self) -> dict[str, Any]:
+        """What makes results of two runs the same, in JSON."""
+        asked = {"model": self.model.sha256, "compare": self.compare, **self.options.model_dump()}
+        asked |= {"budget_ms": self.budget_ms, "budget_mem": self.memory}
+        return asked | ({"variant": AUTO_VARIANT} if self.table is not None else {})
+
+
+def _restore_all(
+    order: _Order, jobs: Sequence[Job], record: Record | None, console: Console, say: Callable[[str], None]
+) -> tuple[Counter[str], int, list[tuple[str, str]]]:
+    """How many were done with each variant, how many were done before, and which failed and why."""
     used: Counter[str] = Counter()
+    skipped, failures = 0, []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task("restore", total=len(work.jobs))
-            for job in work.jobs:
+            task = progress.add_task("restore", total=len(jobs))
+            for job in jobs:
 
                 def notify(message: str, job: Job = job) -> None:
                     say(f"{job.name}: {message}")
@@ -183,7 +219,7 @@ def restore_files(
                     if record is not None and record.holds(job):
                         skipped += 1
                     else:
-                        used[_restore(model, job, options, table, budget_ms, memory, compare, notify)] += 1
+                        used[_restore(order, job, notify)] += 1
                         if record is not None:
                             record.add(job)
                 # torch says "out of memory" by RuntimeError
@@ -193,41 +229,23 @@ def restore_files(
     finally:
         if record is not None:
             record.close()
-    already = f", {skipped} already done" if skipped else ""
-    failed = f", {len(failures)} failed" if failures else ""
-    if automatic and len(used) > 1:
-        variants = " and ".join(f"{name} ({count})" for name, count in sorted(used.items()))
-    else:
-        variants = next(iter(used), options.variant)
-    variants = model.config.name if variants == "default" else variants
-    say(f"{used.total()} restored with {variants}{already}{failed}: {out}")
-    for name, message in failures:
-        say(f"  failed: {name}: {message}")
-    return 1 if failures else 0
+    return used, skipped, failures
 
 
-def _restore(
-    model: LoadedModel,
-    job: Job,
-    options: RestoreOptions,
-    table: dict[str, float],
-    budget_ms: float | None,
-    memory: int | None,
-    compare: bool,
-    notify: Callable[[str], None],
-) -> str:
+def _restore(order: _Order, job: Job, notify: Callable[[str], None]) -> str:
     """Do one job; return the variant that it was done with."""
     data = job.given.read()
     picture = decode_picture(data)
-    if table:
+    options = order.options
+    if order.table is not None:
         height, width = picture.pixels.shape[:2]
-        choice = choose_variant(model, table, height, width, budget_ms)
+        choice = choose_variant(order.model, order.table, height, width, order.budget_ms)
         notify(choice.why)
         options = options.model_copy(update={"variant": choice.variant})
-    restored = restore_picture(model, picture, options, notify=notify, memory=memory)
+    restored = restore_picture(order.model, picture, options, notify=notify, memory=order.memory)
     suffix = job.result.suffix or suffix_of(data)
     encoded = encode_picture(restored, suffix)
-    if compare:
+    if order.compare:
         job.result.beside(".compare").write(encode_picture(side_by_side(picture, restored), suffix))
     job.result.write(encoded)
     return options.variant
