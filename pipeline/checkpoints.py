@@ -11,7 +11,8 @@ from rich.table import Table
 from infra.files import sha256_of_file
 from infra.tracking import TrackingConfig
 from pipeline.inference import parse_variant
-from pipeline.registry import EXPORT, pull
+from pipeline.registry.packaging import EXPORT
+from pipeline.registry.pulling import pull
 from pipeline.restore import default_cache
 from training.export import CONFIG, ExportError, load_export, save_export
 from training.models import build_model, variants_of
@@ -126,7 +127,7 @@ def export_model(
         PortableError, ExportError, RegistryError: nothing is written.
     """
     console = console or Console()
-    export = _export_folder(model, settings or TrackingConfig(), cache)
+    export = _export_folder(model, settings or TrackingConfig(), cache, console)
     if out.suffix != SUFFIXES[format]:
         config: Any = load_export(export)[1]
         name = (variant or variants_of(config)[-1]).strip("[] ").replace(",", "-").replace(" ", "")
@@ -139,7 +140,8 @@ def export_model(
     console.print(f"{written.path}: {written.path.stat().st_size:,} bytes", markup=False, soft_wrap=True)
 
 
-def _export_folder(model: str, settings: TrackingConfig, cache: Path | None) -> Path:
+def _export_folder(model: str, settings: TrackingConfig, cache: Path | None, console: Console) -> Path:
     if model.startswith("models:"):
-        return pull(model, cache or default_cache(settings), settings) / EXPORT
+        folder = pull(model, cache or default_cache(settings), settings, notify=console.print)
+        return folder / EXPORT
     return Path(model) / EXPORT if (Path(model) / "MLmodel").exists() else Path(model)

@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from pipeline.registry.commands import app as registry_app
+from pipeline.studies import app as study_app
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -16,9 +19,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Curate image-restoration corpora, co-pretrain DyNet on them, restore pictures from the model registry.",
 )
-registry_app = typer.Typer(no_args_is_help=True, help="Models in the MLflow registry: push, list, pull, alias.")
 app.add_typer(registry_app, name="registry")
-study_app = typer.Typer(no_args_is_help=True, help="Comparisons at equal compute, written up as a table and a plot.")
 app.add_typer(study_app, name="study")
 
 Overrides = Annotated[
@@ -122,32 +123,91 @@ def train(
 
 @app.command(
     epilog="Examples:\n\n`ird restore --model models:/ird-demo@demo --variant small noisy.png clean.png`\n\n"
-    "`ird restore --model runs/demo/finetune/out/export --variant large noisy/ restored/`",
+    "`ird restore --model runs/demo/finetune/out/export --budget-ms 500 --compare noisy/ restored/`\n\n"
+    "`ird restore --model models:/ird-demo@demo 'scans/**/*.tif' s3://bucket/restored`\n\n"
+    "`curl -s https://…/noisy.jpg | ird restore --model models:/ird-demo@demo - - > clean.jpg`",
 )
 def restore(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A picture, or a folder of pictures.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A file name, or a folder.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IN... OUT",
+            help="IN: pictures, folders, patterns, s3:// objects or prefixes, or - (standard input). "
+            "OUT: a file name, a folder, s3://, or -.",
+        ),
+    ],
     model: Annotated[str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or an export folder.")],
-    variant: Annotated[str, typer.Option(help="Which variant of the model: small or large for DyNet.")] = "",
-    tile: Annotated[int, typer.Option(help="Side of the tiles that large pictures are restored in, pixels.")] = 512,
+    variant: Annotated[
+        str, typer.Option(help="small or large for DyNet, depths as [2,4,4,6], or auto: the deepest in the budget.")
+    ] = "",
+    budget_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds that a picture may take; chooses the variant.")
+    ] = None,
+    budget_mem: Annotated[
+        str, typer.Option(help="Memory that a picture may take, as 2G; default: half of the free.")
+    ] = "",
+    tile: Annotated[
+        int, typer.Option(help="Side of tiles, pixels; 0: always whole; -1: whole where memory allows, else tiles.")
+    ] = -1,
     overlap: Annotated[int, typer.Option(help="Pixels that neighbouring tiles share.")] = 32,
+    compare: Annotated[bool, typer.Option("--compare", help="Also write NAME.compare.png: before and after.")] = False,
     scale: Annotated[int, typer.Option(help="MZSR: how much to enlarge; 0: what it was trained for.")] = 0,
+    steps: Annotated[int, typer.Option(help="MZSR: gradient steps on each picture; 0: one, as in the paper.")] = 0,
     kernel_variance: Annotated[float, typer.Option(help="MZSR: variance of the assumed blur, px^2; 0: the scale.")] = 0,
 ) -> None:
     """Restore pictures with a model from the registry or from an export folder."""
+    from infra.config import ConfigError
+
+    if len(paths) < 2:
+        raise ConfigError("give IN and OUT; see `ird restore --help`")
     from pipeline.restore import restore_files
 
     code = restore_files(
         model,
-        source,
-        out,
+        paths[:-1],
+        paths[-1],
         variant=variant or None,
         tile=tile,
         overlap=overlap,
         scale=scale,
+        steps=steps,
         kernel_variance=kernel_variance,
+        budget_ms=budget_ms,
+        budget_mem=budget_mem,
+        compare=compare,
     )
     raise typer.Exit(code)
+
+
+@app.command(
+    epilog="Examples:\n\n`ird serve --model models:/ird-demo@demo`\n\n"
+    "`ird serve --model models:/ird-demo@demo --model runs/demo/edsr/out/export --port 8091`"
+)
+def serve(
+    model: Annotated[list[str], typer.Option(help="As of `ird restore`; may be given several times.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: any that is free.")] = 8090,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Name that people reach it by, where that is not this machine's.")
+    ] = None,
+    max_mib: Annotated[float, typer.Option(help="Size of a file, MiB.")] = 20,
+    max_pixels: Annotated[int, typer.Option(help="Size of a picture, pixels.")] = 4_000_000,
+    waiting: Annotated[int, typer.Option(help="Requests that may wait; further ones get 429.")] = 8,
+    workers: Annotated[int, typer.Option(help="Pictures at work at a time.")] = 1,
+    timeout: Annotated[float, typer.Option(help="Seconds until a request gets 503.")] = 60,
+    budget_mem: Annotated[str, typer.Option(help="Memory that a picture may take, as 2G.")] = "",
+) -> None:
+    """Restore over HTTP, with a page to drop a picture on; on this machine alone unless --host says otherwise."""
+    import os
+
+    # OpenCV's own guard against decompression bombs, read when it is loaded.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(max_pixels))
+    from pipeline.serve import serve as run
+    from pipeline.serve import serving
+
+    names = {"host": host, "port": port, "max_bytes": int(max_mib * 2**20), "max_pixels": max_pixels}
+    names |= {"waiting": waiting, "workers": workers, "timeout": timeout}
+    run(*serving(model, allow_host or [], budget_mem, names))
 
 
 @app.command(
@@ -292,104 +352,37 @@ def doctor(
     raise typer.Exit(print_report(run_checks(hostfile=hostfile, s3_uri=s3)))
 
 
-@study_app.callback()
-def study() -> None:
-    """Studies are named: what they compare is theirs, how they are run is the same."""
-
-
-@study_app.command("co-pretraining", epilog="Example:\n\n`ird study co-pretraining dataset=DIR pictures=DIR`")
-def study_co_pretraining(
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    train_with: Annotated[
-        list[str] | None, typer.Option("--train", metavar="key=value", help="A setting for all trainings; repeatable.")
+@app.command(
+    epilog="Examples:\n\n`ird trace models:/ird-demo@demo`\n\n`ird trace models:/ird-demo/1 --json`\n\n"
+    "`ird trace photographs/a.jpg --dataset runs/dataset`",
+)
+def trace(
+    target: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION; or a picture: its path, uri or sha256.")
+    ],
+    dataset: Annotated[
+        str | None, typer.Option(help="Folder or s3:// prefix of the dataset; for a model: where the run read it.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
-    """Co-pretraining against separate training, every recipe at the same compute, and at half of it.
+    """Follow a model back to its pictures, or a picture to the samples, shards and models that hold it."""
+    import json
 
-    40 minutes on two CPU cores. Interrupt it and run it again: it goes on where it was.
-    """
-    from rich.console import Console
-
-    from infra.config import load_config
-    from infra.launcher import StageFailed
-    from pipeline.demo import REPOSITORY
-    from pipeline.study import StudyConfig, read_rows, show, study
-
-    path = config or REPOSITORY / "configs" / "pipeline" / "study_co_pretraining.yaml"
-    settings = load_config(StudyConfig, path, overrides or [])
-    try:
-        report = study(settings, train_with or [], say=lambda line: print(line, flush=True))
-    except StageFailed as failure:
-        print(f"\n{failure}\nRun the same command again to go on.", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print("\nInterrupted. Run the same command again to go on.", file=sys.stderr)
-        raise typer.Exit(130) from None
-    show(read_rows(report.parent), Console())
-    print(f"table: {report}\nplot:  {report.with_suffix('.png')}")
-
-
-@registry_app.command(epilog="Example:\n\n`ird registry push runs/finetune/export --name my-dynet --alias champion`")
-def push(
-    export: Annotated[Path, typer.Argument(help="Export folder of a training stage.")],
-    name: Annotated[str, typer.Option(help="Name of the registered model.")],
-    alias: Annotated[str | None, typer.Option(help="Alias that shall point to the new version.")] = None,
-    run_id: Annotated[
-        str | None, typer.Option(help="MLflow run of the version; default: the one in the export.")
-    ] = None,
-) -> None:
-    """Register an export, all its variants, as a new model version."""
+    from infra.config import ConfigError
     from infra.tracking import TrackingConfig
-    from pipeline.registry import push as push_export
+    from pipeline import lineage
 
-    version = push_export(export, name, run_id=run_id, alias=alias, settings=TrackingConfig())
-    print(f"models:/{name}/{version}" + (f"  (models:/{name}@{alias})" if alias else ""))
-
-
-@registry_app.command(epilog="Example:\n\n`ird registry pull models:/ird-demo@demo --out models/`")
-def pull(
-    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
-    out: Annotated[Path, typer.Option(help="Folder that the model's own folder goes into.")],
-) -> None:
-    """Download a model version and check its sha256; it then restores without a server."""
-    from infra.tracking import TrackingConfig
-    from pipeline.registry import pull as pull_model
-
-    print(pull_model(model, out, TrackingConfig()))
-
-
-@registry_app.command("list", epilog="Examples:\n\n`ird registry list`\n\n`ird registry list ird-demo`")
-def list_models(name: Annotated[str | None, typer.Argument(help="Only this model.")] = None) -> None:
-    """List model versions with their aliases, runs and stages."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from infra.tracking import TrackingConfig
-    from pipeline.registry import list_versions
-
-    table = Table("model", "version", "aliases", "made", "stage", "dataset", "run")
-    for row in list_versions(TrackingConfig(), name):
-        made, tags = f"{row.created:%Y-%m-%d %H:%M}", row.tags
-        dataset = tags.get("dataset_id", "")[:16]
-        table.add_row(
-            row.name, str(row.version), ", ".join(row.aliases), made, tags.get("stage", ""), dataset, row.run_id
-        )
-    Console().print(table)
-
-
-@registry_app.command("alias", epilog="Example:\n\n`ird registry alias ird-demo 2 champion`")
-def alias_version(
-    name: Annotated[str, typer.Argument(help="Name of the registered model.")],
-    version: Annotated[int, typer.Argument(help="The version that the alias shall point to.")],
-    alias: Annotated[str, typer.Argument(help="The alias.")],
-) -> None:
-    """Point an alias to a version, and to no other any more."""
-    from infra.tracking import TrackingConfig
-    from pipeline.registry import set_alias
-
-    set_alias(name, version, alias, TrackingConfig())
-    print(f"models:/{name}@{alias} is version {version}")
+    settings = TrackingConfig()
+    if target.startswith("models:"):
+        traced = lineage.trace_model(target, settings, dataset)
+        text, whole = lineage.describe_model(traced), not traced["gaps"]
+    elif dataset is None:
+        raise ConfigError("a picture is looked for in a dataset: give --dataset")
+    else:
+        traced = lineage.trace_picture(target, dataset, settings)
+        text, whole = lineage.describe_picture(traced), traced["found"]
+    print(json.dumps(traced, default=str) if as_json else text)
+    raise typer.Exit(0 if whole else 1)
 
 
 def main() -> None:

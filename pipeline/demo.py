@@ -272,10 +272,9 @@ def _link_source(source: Path, folder: Path, wanted: int) -> None:
 def _register(
     config: DemoConfig, export: Path, results: Path, show: Callable[[str], None], folder: Path
 ) -> Mapping[str, Any]:
-    from pipeline.registry import push
+    from pipeline.registry.pushing import figures_of, push
 
-    means = json.loads(results.read_text())["means"]
-    tags = {f"psnr.{m['task']}.{m['method']}": f"{m['psnr']:.2f}" for m in means if m["method"].startswith("dynet")}
+    tags = figures_of(results, "dynet")
     run_id = json.loads((export.parent / "mlflow.json").read_text())["run_id"]
     version = push(export, config.model_name, run_id=run_id, alias=config.alias, tags=tags, settings=config.tracking)
     show(f"models:/{config.model_name}@{config.alias} is version {version}")

@@ -21,13 +21,16 @@ from datagen.degradations.kernels import MZSR_SIZE, gaussian_kernel
 from datagen.degradations.resample import imresize
 from infra.config import Config
 from infra.files import sha256_of_file
-from training.adaptation import adapt, enlarge
+from pipeline.memory import SHARE, bytes_per_pixel, free_memory, largest_tile
+from training.adaptation import ONE_STEP, adapt, enlarge
 from training.export import CONFIG, WEIGHTS, ExportError, load_export
 from training.models import DyNetConfig, ModelConfig, scale_of, variants_of
 from training.models.inputs import check_variant
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
+AUTO = -1
+_ADAPTED_SIDE = 512  # MZSR learns from no more than this of a picture, and its memory grows with it
 _ALIGNMENT = 8  # DyNet works on blocks of 8 pixels: tiles that start on a multiple see the blocks of the whole picture
 
 
@@ -37,13 +40,16 @@ class RestoreOptions(Config):
     # A name, or for DyNet the depths of the four levels, as "[2,4,4,6]". Empty: the model's last, which is its largest.
     variant: str = ""
     # Side of a tile in input pixels; a picture that fits is done whole. 0: always whole, whatever memory it takes.
-    tile: Annotated[int, Field(ge=0)] = 512
+    # AUTO (-1): whole where the free memory allows, else in the largest tiles that it allows.
+    tile: Annotated[int, Field(ge=-1)] = -1
     overlap: Annotated[int, Field(ge=0)] = 32  # input pixels that neighbouring tiles share
     # MZSR alone. 0: the factor that the model was trained for.
     scale: Annotated[int, Field(ge=0, le=4)] = 0
     # MZSR alone: variance in px² of the Gaussian blur that the picture is assumed to have gone through, isotropic,
     # on the grid of the result. 0: as many px² as the scale, near the middle of the kernels that MZSR trains on.
     kernel_variance: Annotated[float, Field(ge=0, le=400)] = 0.0
+    # MZSR alone: gradient steps on each picture before it is enlarged. 0: one, as in the paper.
+    steps: Annotated[int, Field(ge=0, le=20)] = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ def offered_options(config: ModelConfig, metadata: dict[str, Any]) -> dict[str, 
     offered: dict[str, Any] = {"variant": variants_of(config)[-1], "tile": defaults.tile, "overlap": defaults.overlap}
     if config.name == "mzsr":
         offered |= {"scale": int(metadata.get("scale", 2)), "kernel_variance": defaults.kernel_variance}
+        offered |= {"steps": len(ONE_STEP)}
     return offered
 
 
@@ -105,9 +112,11 @@ def resolve_options(model: LoadedModel, options: RestoreOptions) -> RestoreOptio
     Raises:
         ValueError: no such variant, an overlap that does not suit the tile, or an option of another kind of model.
     """
-    if options.tile and options.tile < 8 * _ALIGNMENT:
-        raise ValueError(f"tile {options.tile}: at least {8 * _ALIGNMENT}, or 0 for the whole picture at once")
-    if options.tile and options.overlap > options.tile // 2:
+    if 0 < options.tile < 8 * _ALIGNMENT:
+        raise ValueError(
+            f"tile {options.tile}: at least {8 * _ALIGNMENT}, 0 for the whole picture at once, or -1 for what fits"
+        )
+    if 0 < options.tile < 2 * options.overlap:
         raise ValueError(f"overlap {options.overlap}: at most half the tile, {options.tile // 2}")
     offered = offered_options(model.config, model.metadata)
     given = {name for name, value in options if value != type(options).model_fields[name].default}
@@ -121,7 +130,8 @@ def resolve_options(model: LoadedModel, options: RestoreOptions) -> RestoreOptio
         check_variant(variant, variants_of(model.config), model.config.name)
     scale = options.scale or offered.get("scale", 0)
     variance = options.kernel_variance or float(scale)
-    return options.model_copy(update={"variant": variant, "scale": scale, "kernel_variance": variance})
+    steps = options.steps or offered.get("steps", 0)
+    return options.model_copy(update={"variant": variant, "scale": scale, "kernel_variance": variance, "steps": steps})
 
 
 def restore_array(
@@ -130,16 +140,20 @@ def restore_array(
     options: RestoreOptions | None = None,
     *,
     notify: Callable[[str], None] = warnings.warn,
+    memory: int | None = None,
 ) -> np.ndarray:
     """Restore one picture, in tiles when it is larger than ``options.tile``.
 
     Tiles of convolutional networks (EDSR, MDSR, MZSR) make up the whole picture's result. DyNet and PromptIR look
     at all they are given (channel attention, prompts spread over the picture), so that tiles make another
-    result than the whole picture would. Memory beyond input and result is that of one tile.
+    result than the whole picture would; docs/serving.md says how much. Memory beyond input and result is that of one
+    tile.
 
     Args:
         picture: float32 [H, W, 3] in [0, 1].
-        notify: told when a zero-shot adaptation did not help and bicubic enlargement was done instead.
+        notify: told when a picture is done in tiles for want of memory, and when a zero-shot adaptation did not help
+            and bicubic enlargement was done instead.
+        memory: bytes that ``tile`` -1 may plan with; None takes half of those that are free.
 
     Returns:
         float32 [scale H, scale W, 3] in [0, 1].
@@ -152,6 +166,9 @@ def restore_array(
     options = resolve_options(model, options or RestoreOptions())
     image = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))[None]
     device = next(model.network.parameters()).device
+    if options.tile == AUTO:
+        tile = _fitting_tile(model, options, picture.shape[:2], memory, device, notify)
+        options = options.model_copy(update={"tile": tile, "overlap": min(options.overlap, tile // 2)})
     if model.adapts:
         scale = options.scale
         restore = _adapted(model.network, image.to(device), options, notify)
@@ -165,6 +182,29 @@ def restore_array(
     with torch.inference_mode():
         result = _in_tiles(lambda tile: restore(tile.to(device)).cpu(), image, scale, options.tile, options.overlap)
     return np.ascontiguousarray(result.clamp(0, 1)[0].permute(1, 2, 0).numpy())
+
+
+def _fitting_tile(
+    model: LoadedModel,
+    options: RestoreOptions,
+    shape: tuple[int, ...],
+    memory: int | None,
+    device: torch.device,
+    notify: Callable[[str], None],
+) -> int:
+    """0 for the whole picture, or the side of the largest tile that fits into the memory."""
+    if model.adapts:
+        return _ADAPTED_SIDE
+    per_pixel = bytes_per_pixel(model.config, options.variant)
+    limit = SHARE * free_memory(device) if memory is None else memory
+    tile = largest_tile(per_pixel, shape[0], shape[1], limit)
+    if tile:
+        needed = per_pixel * shape[0] * shape[1]
+        notify(
+            f"in tiles of {tile} pixels: the whole, {shape[1]}x{shape[0]}, would take about {needed / 2**30:.1f} GiB "
+            f"of the {limit / 2**30:.1f} GiB that it may"
+        )
+    return tile
 
 
 def parse_variant(variant: str) -> str | list[int]:
@@ -195,7 +235,9 @@ def _adapted(
     top, left = ((side - kept) // 2 for side, kept in zip(image.shape[-2:], sides))
     target = image[..., top : top + sides[0], left : left + sides[1]]
     kernel = gaussian_kernel(MZSR_SIZE, options.kernel_variance, options.kernel_variance)
-    adapted = adapt(network, target, kernel, options.scale)
+    # The rates with which MZSR's released code goes on behind the first step.
+    rates = [*ONE_STEP, *[0.01] * 3, *[0.005] * options.steps][: options.steps]
+    adapted = adapt(network, target, kernel, options.scale, rates)
     if not adapted.helped:
         before, after = adapted.losses[0], adapted.losses[-1]
         notify(f"adaptation did not help (loss {before:.4f} before, {after:.4f} after); enlarged by bicubic")

@@ -42,6 +42,10 @@ class PictureError(Refusal, ValueError):
     """A picture cannot be read or written. The message says what is wrong with it, without its path."""
 
 
+class TooLargeError(PictureError):
+    """A picture has more pixels than are taken; none was decoded."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """Upright pixels in the colour space of the file.
@@ -92,20 +96,35 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 def read_picture(path: Path) -> Picture:
-    """Decode the whole of a PNG, JPEG, WebP or TIFF file; its content counts, not its suffix.
+    """``decode_picture`` of a file.
+
+    Raises:
+        PictureError: see ``decode_picture``.
+        OSError: the file cannot be read.
+    """
+    return decode_picture(path.read_bytes())
+
+
+def decode_picture(data: bytes, max_pixels: int | None = None) -> Picture:
+    """Decode the whole of a PNG, JPEG, WebP or TIFF file; its content counts, not its name.
+
+    Args:
+        max_pixels: refuse larger pictures by their header, before any pixel is decoded.
 
     Raises:
         PictureError: not such a picture, damaged, animated or of several pages, neither grey nor RGB, of
-            other than 8 or 16 bits a sample, or beyond Pillow's guard against decompression bombs (179 million pixels).
-        OSError: the file cannot be read.
+            other than 8 or 16 bits a sample.
+        TooLargeError: larger than ``max_pixels``, or beyond Pillow's guard against decompression bombs (179
+            million pixels).
     """
-    data = path.read_bytes()
     with _faults_named(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=sorted(set(_FORMATS.values()))) as image:
             # A multi-picture JPEG (MPO) is what phones write: its first picture is the photograph.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 raise PictureError("animated, or of several pages")
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise TooLargeError(f"{image.width}x{image.height} pixels; at most {max_pixels:,} are taken")
             stored = _stored_mode(image)
             # Refuses what is damaged. For a TIFF it also applies the orientation, and forgets the tag.
             image.load()
@@ -120,18 +139,25 @@ def read_picture(path: Path) -> Picture:
 
 
 def write_picture(path: Path, picture: Picture) -> None:
-    """Publish ``picture`` as ``path`` in one step, in the format that the suffix names.
+    """Publish ``picture`` as ``path`` in one step, in the format that the suffix names; see ``encode_picture``.
+
+    Raises:
+        PictureError: another suffix, or transparency in a JPEG.
+    """
+    write_atomically(path, encode_picture(picture, path.suffix))
+
+
+def encode_picture(picture: Picture, suffix: str) -> bytes:
+    """The bytes of a file in the format that ``suffix`` (``.png``) names.
 
     PNG, WebP and TIFF are lossless, JPEG has quality 95 without chroma sub-sampling. JPEG and WebP hold 8 bits.
 
     Raises:
         PictureError: another suffix, or transparency in a JPEG.
     """
-    kind = _FORMATS.get(path.suffix.lower())
+    kind = _FORMATS.get(suffix.lower())
     if kind is None:
-        raise PictureError(
-            f"cannot write {path.suffix or 'a file without suffix'}; choose one of {', '.join(SUFFIXES)}"
-        )
+        raise PictureError(f"cannot write {suffix or 'a file without suffix'}; choose one of {', '.join(SUFFIXES)}")
     if kind == "JPEG" and picture.alpha is not None:
         raise PictureError("JPEG holds no transparency; write a .png instead")
     colours = picture.pixels.mean(axis=2, keepdims=True) if picture.grey else picture.pixels
@@ -140,14 +166,38 @@ def write_picture(path: Path, picture: Picture) -> None:
         if values.shape[2] == 2:  # neither encoder makes 16-bit grey with transparency that others read
             values = values[..., [0, 0, 0, 1]]
         encode = _encode_png_16 if kind == "PNG" else _encode_tiff_16
-        write_atomically(path, encode(to_integers(values, np.uint16), picture.icc))
-        return
+        return encode(to_integers(values, np.uint16), picture.icc)
     samples = to_integers(values)
     buffer = io.BytesIO()
     image = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
     # WebP knows RGB alone; its reader gives grey back as three equal channels.
     image.save(buffer, kind, icc_profile=picture.icc, **_SAVE_OPTIONS[kind])
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def side_by_side(before: Picture, after: Picture) -> Picture:
+    """Both beside each other, the first enlarged to the height of the second where that is larger, a line between."""
+    height, width = after.pixels.shape[:2]
+
+    def fitted(values: np.ndarray) -> np.ndarray:
+        return cv2.resize(values, (width, height), interpolation=cv2.INTER_NEAREST).reshape(height, width, -1)
+
+    line = np.ones((height, max(2, width // 200), 3), np.float32)
+    pixels = np.hstack([fitted(before.pixels), line, after.pixels])
+    if before.alpha is None or after.alpha is None:
+        return Picture(pixels, None, after.grey, after.bits, after.icc)
+    alpha = np.hstack([fitted(before.alpha)[..., 0], line[..., 0], after.alpha])
+    return Picture(pixels, alpha, after.grey, after.bits, after.icc)
+
+
+def suffix_of(data: bytes) -> str:
+    """The suffix of the format that ``data`` is in; ``.png`` where that is not known."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            kind = "JPEG" if image.format == "MPO" else image.format
+    except Exception:
+        return ".png"
+    return next((suffix for suffix, name in _FORMATS.items() if name == kind), ".png")
 
 
 def _stored_mode(image: Image.Image) -> str:
@@ -222,6 +272,8 @@ def _faults_named() -> Iterator[None]:
         yield
     except PictureError:
         raise
+    except Image.DecompressionBombError as error:
+        raise TooLargeError(str(error)) from None
     except UnidentifiedImageError:
         raise PictureError(f"not a picture in {', '.join(sorted(set(_FORMATS.values())))}") from None
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, zlib.error and more

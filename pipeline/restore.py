@@ -1,10 +1,12 @@
 """``ird restore``: pictures in, restored pictures out, with a model from the registry or from a folder."""
 
 import hashlib
-import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datagen.degradations.resample import imresize
-from infra.files import sha256_of_file
+from infra.config import ConfigError
 from infra.tracking import TrackingConfig, tracking_uri
-from pipeline.inference import LoadedModel, RestoreOptions, load_model, resolve_options, restore_array
-from pipeline.pictures import SUFFIXES, Picture, inputs_below, read_picture, refuse_input_as_output, write_picture
-from pipeline.registry import EXPORT, RegistryError, pull
+from pipeline.budget import AUTO as AUTO_VARIANT
+from pipeline.budget import check_choice, choose_variant, measured_table, parse_bytes
+from pipeline.inference import AUTO, LoadedModel, RestoreOptions, load_model, resolve_options, restore_array
+from pipeline.pictures import Picture, decode_picture, encode_picture, side_by_side, suffix_of
+from pipeline.places import STREAM, Job, plan
+from pipeline.record import Record
+from pipeline.registry.packaging import EXPORT
+from pipeline.registry.pulling import pull
+from pipeline.registry.server import RegistryError
 from training.export import ExportError
-
-# One line for each picture that has been restored into a folder; what makes a rerun skip it.
-RECORD = "restored.jsonl"
 
 
 def resolve_model(
@@ -32,12 +37,14 @@ def resolve_model(
     *,
     cache: Path | None = None,
     device: str | torch.device | None = None,
+    notify: Callable[[str], None] = warnings.warn,
 ) -> LoadedModel:
     """Load a model by ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, an export folder or a pulled folder.
 
     Args:
         cache: where models from the registry are kept; by default ``ird`` in the user's cache folder.
         device: by default CUDA where there is one.
+        notify: told when the server is away and a copy that was pulled before is used.
 
     Raises:
         RegistryError: the registry has no such model, or does not answer.
@@ -45,7 +52,8 @@ def resolve_model(
     """
     settings = settings or TrackingConfig()
     if source.startswith("models:"):
-        return load_model(pull(source, cache or default_cache(settings), settings) / EXPORT, device)
+        folder = pull(source, cache or default_cache(settings), settings, notify=notify)
+        return load_model(folder / EXPORT, device)
     folder = Path(source)
     if not folder.is_dir():
         raise ExportError(
@@ -56,16 +64,28 @@ def resolve_model(
 
 def default_cache(settings: TrackingConfig) -> Path:
     """Where models of this server are kept between restores: ``$XDG_CACHE_HOME/ird/models/…``."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     server = hashlib.sha256(tracking_uri(settings).encode()).hexdigest()[:12]
-    return root / "ird" / "models" / server
+    return cache_root() / "models" / server
+
+
+def cache_root() -> Path:
+    """``ird`` in the user's cache folder: models from registries, and what was measured on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ird"
 
 
 def restore_picture(
-    model: LoadedModel, picture: Picture, options: RestoreOptions, *, notify: Callable[[str], None]
+    model: LoadedModel,
+    picture: Picture,
+    options: RestoreOptions,
+    *,
+    notify: Callable[[str], None],
+    memory: int | None = None,
 ) -> Picture:
-    """Restore the colours of ``picture``; grey stays grey, transparency is carried over (and enlarged)."""
-    pixels = restore_array(model, picture.pixels, options, notify=notify)
+    """Restore the colours of ``picture``; grey stays grey, transparency is carried over (and enlarged).
+
+    ``notify`` and ``memory``: see ``restore_array``.
+    """
+    pixels = restore_array(model, picture.pixels, options, notify=notify, memory=memory)
     alpha = picture.alpha
     if alpha is not None and pixels.shape[:2] != alpha.shape:
         enlarged = imresize(
@@ -77,135 +97,160 @@ def restore_picture(
 
 def restore_files(
     model_source: str,
-    source: Path,
-    out: Path,
+    source: str | Path | Sequence[str | Path],
+    out: str | Path,
     *,
     variant: str | None = None,
-    tile: int = 512,
+    tile: int = AUTO,
     overlap: int = 32,
     scale: int = 0,
+    steps: int = 0,
     kernel_variance: float = 0.0,
+    budget_ms: float | None = None,
+    budget_mem: str = "",
+    compare: bool = False,
     settings: TrackingConfig | None = None,
     cache: Path | None = None,
     device: str | None = None,
     console: Console | None = None,
 ) -> int:
-    """Restore a picture, or all pictures below a folder, and say what was done.
+    """Restore pictures, and say what was done.
 
-    A folder's pictures keep their names, formats and sub-folders below ``out``. Those that ``out``/restored.jsonl
-    records with the same bytes, the same model and the same options, and whose result is still what was
+    Several pictures keep their names, formats and sub-folders below ``out``. Those that ``out``/restored.jsonl
+    records with the same content, the same model and the same options, and whose result is still what was
     written, are not done again. A picture that cannot be read or restored does not stop the others.
 
     Args:
         model_source: see ``resolve_model``.
-        source: a PNG, JPEG, WebP or TIFF file, or a folder.
-        out: for a folder a folder; for a picture a file name, whose suffix chooses the format, or a folder.
-        variant, tile, overlap, scale, kernel_variance: see ``RestoreOptions``.
+        source, out: see ``pipeline.places.plan``.
+        variant, tile, overlap, scale, steps, kernel_variance: see ``RestoreOptions``; the variant ``auto`` takes the
+            deepest that fits ``budget_ms``.
+        budget_ms: milliseconds that a picture may take; implies the variant ``auto``.
+        budget_mem: memory that a picture may take, as ``2G``; it is done in tiles that fit.
+        compare: also write NAME.compare.png, before and after beside each other.
 
     Returns:
         0 all restored; 1 some pictures failed, each is named at the end; 2 refused before any work: no
         such model, input or option, or an output that would overwrite the input.
     """
-    console = console or Console()
+    # What is said must not end up in a picture on the standard output.
+    console = console or Console(stderr=str(out) == STREAM)
+
+    def say(message: str) -> None:
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    automatic = variant == AUTO_VARIANT or budget_ms is not None
     try:
+        if automatic and variant not in (None, "", AUTO_VARIANT):
+            raise ConfigError(f"--budget-ms chooses the variant; leave out --variant {variant}, or the budget")
+        if compare and str(out) == STREAM:
+            raise ConfigError("--compare writes a second picture beside OUT, which - has not")
         options = RestoreOptions(
-            variant=variant or "", tile=tile, overlap=overlap, scale=scale, kernel_variance=kernel_variance
+            variant="" if automatic else variant or "",
+            tile=tile,
+            overlap=overlap,
+            scale=scale,
+            steps=steps,
+            kernel_variance=kernel_variance,
         )
-        pairs = _pairs(source, out)
-        model = resolve_model(model_source, settings, cache=cache, device=device)
+        memory = parse_bytes(budget_mem) if budget_mem else None
+        sources = [source] if isinstance(source, str | Path) else source
+        work = plan([str(one) for one in sources], str(out))
+        model = resolve_model(model_source, settings, cache=cache, device=device, notify=say)
         options = resolve_options(model, options)
+        table = None
+        if automatic:
+            check_choice(model)
+            table = measured_table(model, cache_root() / "measured", say)
+        order = _Order(model, options, table, budget_ms, memory, compare)
+        record = Record(work.folder, order.request()) if work.folder is not None else None
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         return _refuse(faults)
     except (RegistryError, ExportError, ValueError, OSError) as error:
         return _refuse(str(error))
-    record = _Record(out, model, options) if source.is_dir() else None
-    skipped, failures = 0, []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("restore", total=len(pairs))
-        for given, result in pairs:
-            name = given.relative_to(source).as_posix() if source.is_dir() else given.name
-
-            def notify(message: str, name: str = name) -> None:
-                progress.console.print(f"{name}: {message}", markup=False, highlight=False, soft_wrap=True)
-
-            try:
-                digest = sha256_of_file(given)
-                if record is not None and record.holds(name, digest, result):
-                    skipped += 1
-                else:
-                    write_picture(result, restore_picture(model, read_picture(given), options, notify=notify))
-                    if record is not None:
-                        record.add(name, digest, result)
-            except (
-                OSError,
-                ValueError,
-                RuntimeError,
-                MemoryError,
-            ) as error:  # torch says "out of memory" by RuntimeError
-                failures.append((name, str(error) or type(error).__name__))
-            progress.advance(task)
-    done = len(pairs) - skipped - len(failures)
+    used, skipped, failures = _restore_all(order, work.jobs, record, console, say)
+    variants = next(iter(used), options.variant)
+    if len(used) > 1:
+        variants = " and ".join(f"{name} ({count})" for name, count in sorted(used.items()))
     already = f", {skipped} already done" if skipped else ""
     failed = f", {len(failures)} failed" if failures else ""
-    used = options.variant if options.variant != "default" else model.config.name
-    console.print(f"{done} restored with {used}{already}{failed}: {out}", markup=False, highlight=False, soft_wrap=True)
+    how = model.config.name if variants == "default" else variants
+    say(f"{used.total()} restored with {how}{already}{failed}: {out}")
     for name, message in failures:
-        console.print(f"  failed: {name}: {message}", markup=False, highlight=False, soft_wrap=True)
+        say(f"  failed: {name}: {message}")
     return 1 if failures else 0
+
+
+@dataclass(frozen=True)
+class _Order:
+    """How pictures are to be restored. A ``table`` means that the budget chooses the variant of each."""
+
+    model: LoadedModel
+    options: RestoreOptions
+    table: Mapping[str, float] | None
+    budget_ms: float | None
+    memory: int | None
+    compare: bool
+
+    def request(self) -> dict[str, Any]:
+        """What makes results of two runs the same, in JSON."""
+        asked = {"model": self.model.sha256, "compare": self.compare, **self.options.model_dump()}
+        asked |= {"budget_ms": self.budget_ms, "budget_mem": self.memory}
+        return asked | ({"variant": AUTO_VARIANT} if self.table is not None else {})
+
+
+def _restore_all(
+    order: _Order, jobs: Sequence[Job], record: Record | None, console: Console, say: Callable[[str], None]
+) -> tuple[Counter[str], int, list[tuple[str, str]]]:
+    """How many were done with each variant, how many were done before, and which failed and why."""
+    used: Counter[str] = Counter()
+    skipped, failures = 0, []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("restore", total=len(jobs))
+            for job in jobs:
+
+                def notify(message: str, job: Job = job) -> None:
+                    say(f"{job.name}: {message}")
+
+                try:
+                    if record is not None and record.holds(job):
+                        skipped += 1
+                    else:
+                        used[_restore(order, job, notify)] += 1
+                        if record is not None:
+                            record.add(job)
+                # torch says "out of memory" by RuntimeError
+                except (OSError, ValueError, RuntimeError, MemoryError) as error:
+                    failures.append((job.name, str(error) or type(error).__name__))
+                progress.advance(task)
+    finally:
+        if record is not None:
+            record.close()
+    return used, skipped, failures
+
+
+def _restore(order: _Order, job: Job, notify: Callable[[str], None]) -> str:
+    """Do one job; return the variant that it was done with."""
+    data = job.given.read()
+    picture = decode_picture(data)
+    options = order.options
+    if order.table is not None:
+        height, width = picture.pixels.shape[:2]
+        choice = choose_variant(order.model, order.table, height, width, order.budget_ms)
+        notify(choice.why)
+        options = options.model_copy(update={"variant": choice.variant})
+    restored = restore_picture(order.model, picture, options, notify=notify, memory=order.memory)
+    suffix = job.result.suffix or suffix_of(data)
+    encoded = encode_picture(restored, suffix)
+    if order.compare:
+        job.result.beside(".compare").write(encode_picture(side_by_side(picture, restored), suffix))
+    job.result.write(encoded)
+    return options.variant
 
 
 def _refuse(message: str) -> int:
     print(f"restore: {message}", file=sys.stderr)
     return 2
-
-
-def _pairs(source: Path, out: Path) -> list[tuple[Path, Path]]:
-    """What is read, and where its result goes. Raises ValueError where that makes no sense."""
-    if source.is_dir():
-        return [(source / path, out / path) for path in inputs_below(source, out)]
-    if not source.is_file():
-        raise ValueError(f"{source}: no such file or folder")
-    result = out / source.name if out.is_dir() or not out.suffix else out
-    if result.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{result}: cannot write {result.suffix!r}; choose one of {', '.join(SUFFIXES)}")
-    refuse_input_as_output(source, result)
-    return [(source, result)]
-
-
-class _Record:
-    """The pictures that a folder holds restored, known by content: what went in, how it was done, what came out.
-
-    A line is added after its picture is in place; a line that a killed process tore is passed over.
-    """
-
-    def __init__(self, out: Path, model: LoadedModel, options: RestoreOptions) -> None:
-        self._path = out / RECORD
-        request = {"model": model.sha256, **options.model_dump()}
-        self._request = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
-        self._known: dict[str, Mapping[str, Any]] = {}
-        for line in self._path.read_text().splitlines() if self._path.exists() else []:
-            try:
-                entry = json.loads(line)
-                self._known[entry["name"]] = entry
-            except (ValueError, KeyError, TypeError):
-                continue
-
-    def holds(self, name: str, digest: str, result: Path) -> bool:
-        entry = self._known.get(name, {})
-        same = entry.get("input") == digest and entry.get("request") == self._request and result.is_file()
-        return same and entry.get("output") == sha256_of_file(result)
-
-    def add(self, name: str, digest: str, result: Path) -> None:
-        entry = {"name": name, "input": digest, "request": self._request, "output": sha256_of_file(result)}
-        with open(self._path, "a") as file:
-            file.write("\n" * self._torn() + json.dumps(entry) + "\n")
-
-    def _torn(self) -> bool:
-        """Whether the last line lacks its end."""
-        if not self._path.exists() or self._path.stat().st_size == 0:
-            return False
-        with open(self._path, "rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) != b"\n"

@@ -23,8 +23,15 @@ COMMANDS = [
     "evaluate",
     "report",
     "doctor",
+    "serve",
+    "trace",
     "registry push",
     "registry pull",
+    "registry list",
+    "registry show",
+    "registry alias",
+    "registry promote",
+    "registry rollback",
 ]
 
 

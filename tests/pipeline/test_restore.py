@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,13 @@ from skimage import data
 
 from datagen.degradations.kernels import MZSR_SIZE, gaussian_kernel
 from datagen.degradations.resample import imresize
+from pipeline.budget import measured_table
 from pipeline.inference import LoadedModel, RestoreOptions, _in_tiles, load_model, resolve_options, restore_array
-from pipeline.pictures import Picture, read_picture, write_picture
-from pipeline.restore import RECORD, resolve_model, restore_files
+from pipeline.pictures import Picture, decode_picture, encode_picture, read_picture, write_picture
+from pipeline.record import RECORD
+from pipeline.restore import resolve_model, restore_files
 from pipeline.samples import to_float, to_integers
+from tests.support.s3 import S3Server
 from training.adaptation import adapt, enlarge
 from training.export import WEIGHTS, ExportError, save_export
 from training.models import DyNetConfig, EDSRConfig, MDSRConfig, ModelConfig, MZSRConfig, build_model
@@ -265,7 +270,7 @@ def test_results_inside_the_input_folder_are_no_inputs(exports: dict[str, Path],
         (".", "in.png", {}, "is a file"),
         ("empty", "out", {}, "no pictures below it"),
         ("in.png", "out.png", {"variant": "huge"}, "no variant 'huge'"),
-        ("in.png", "out.png", {"tile": -1}, "tile: "),
+        ("in.png", "out.png", {"tile": -2}, "tile: "),
     ],
 )
 def test_refused_before_any_work(
@@ -300,3 +305,96 @@ def test_folders_without_a_sound_model_are_refused(exports: dict[str, Path], tmp
     save_export(build_model(grey), grey, tmp_path / "grey", {})
     with pytest.raises(ExportError, match="three"):
         resolve_model(str(tmp_path / "grey"))
+
+
+def test_memory_decides_between_the_whole_and_tiles_and_it_is_said(
+    exports: dict[str, Path], load: Callable[[str], LoadedModel], tmp_path: Path
+) -> None:
+    write_picture(tmp_path / "in.png", Picture(PHOTOGRAPH))
+    code, said = restore_quietly(str(exports["edsr"]), tmp_path / "in.png", tmp_path / "whole.png")
+    assert (code, "tiles" in said) == (0, False)
+    code, said = restore_quietly(str(exports["edsr"]), tmp_path / "in.png", tmp_path / "tiles.png", budget_mem="10M")
+    assert code == 0
+    assert "in.png: in tiles of 64 pixels: the whole, 180x200, would take about 0.0 GiB" in said
+    whole, tiles = (read_picture(tmp_path / f"{name}.png").pixels for name in ("whole", "tiles"))
+    assert np.abs(whole - tiles).max() <= 1.01 / 255
+    said_by_array: list[str] = []
+    restore_array(load("dynet"), PHOTOGRAPH, RestoreOptions(variant="small"), notify=said_by_array.append, memory=1)
+    assert "in tiles of 64 pixels" in said_by_array[0]
+    assert "restore: --budget-mem" not in said
+
+
+def test_streams(exports: dict[str, Path], tmp_path: Path) -> None:
+    """As a person pipes: a picture in, a picture out, and not a word between its bytes."""
+    picture = to_integers(PHOTOGRAPH[:24, :32])
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "WEBP", lossless=True)
+    command = [str(Path(sys.executable).with_name("ird")), "restore", "--model", str(exports["dynet"]), "-", "-"]
+    done = subprocess.run(command, input=buffer.getvalue(), capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with Image.open(io.BytesIO(done.stdout)) as image:
+        assert image.format == "WEBP"
+        restored = np.asarray(image)
+    expected = restore_array(load_model(exports["dynet"], "cpu"), to_float(picture))
+    assert (restored == to_integers(expected)).all()
+    assert b"1 restored with large" in done.stderr
+
+
+def test_before_and_after_beside_each_other(exports: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    picture = to_integers(PHOTOGRAPH[:24, :32])
+    Image.fromarray(np.dstack([picture, picture[..., 0]])).save(tmp_path / "in" / "a.png")
+    for again in ("1 restored", "0 restored with default, 1 already done"):
+        code, said = restore_quietly(str(exports["edsr"]), tmp_path / "in", tmp_path / "out", compare=True)
+        assert (code, again.replace("default", "edsr") in said) == (0, True)
+    after, both = (np.asarray(Image.open(tmp_path / "out" / name)) for name in ("a.png", "a.compare.png"))
+    assert both.shape == (48, 64 + 2 + 64, 4)
+    assert (both[:, -64:] == after).all()
+    assert (both[::2, :64:2, :3] == picture).all()
+
+
+def test_a_budget_chooses_the_variant_of_each_picture(
+    exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = load_model(exports["dynet"], "cpu")
+    measured_table(model, tmp_path / "cache" / "ird" / "measured", lambda message: None)
+    (file,) = (tmp_path / "cache" / "ird" / "measured").iterdir()
+    # As on a machine whose figures are known: those of a test machine change with its load.
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": {"small": 0.1, "large": 0.2}}))
+    (tmp_path / "in").mkdir()
+    for name, side in {"tiny.png": 32, "wide.png": 64}.items():
+        Image.fromarray(to_integers(PHOTOGRAPH[:side, :side])).save(tmp_path / "in" / name)
+    code, said = restore_quietly(str(exports["dynet"]), tmp_path / "in", tmp_path / "out", budget_ms=7)
+    assert code == 0
+    assert "tiny.png: large (small 2 ms, large 3 ms expected for 32x32; budget 7 ms)" in said
+    assert "wide.png: small (small 6 ms, large 12 ms expected for 64x64; budget 7 ms)" in said
+    assert "2 restored with large (1) and small (1)" in said
+    code, said = restore_quietly(str(exports["dynet"]), tmp_path / "in", tmp_path / "o2", budget_ms=1e-6)
+    assert code == 1
+    assert "failed: tiny.png: 32x32: small, the fastest variant" in said
+    code, said = restore_quietly(str(exports["dynet"]), tmp_path / "in", tmp_path / "o3", variant="auto")
+    assert (code, "2 restored with large" in said) == (0, True)
+
+
+def test_a_bucket_is_restored_once(
+    exports: dict[str, Path], s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_server.take_over(monkeypatch)
+    client = s3_server.client
+    client.create_bucket(Bucket="restores")
+
+    def put(key: str, picture: np.ndarray) -> None:
+        client.put_object(Bucket="restores", Key=key, Body=encode_picture(Picture(picture), ".png"))
+
+    put("in/a.png", PHOTOGRAPH[:24, :24])
+    put("in/deep/b.png", PHOTOGRAPH[:24, :24])
+    source, out = "s3://restores/in", "s3://restores/out"
+    code, said = restore_quietly(str(exports["dynet"]), source, out)
+    assert (code, "2 restored with large: s3://restores/out" in said) == (0, True)
+    made = client.get_object(Bucket="restores", Key="out/deep/b.png")["Body"].read()
+    assert decode_picture(made).pixels.shape == (24, 24, 3)
+    client.delete_object(Bucket="restores", Key="out/a.png")
+    put("in/deep/c.png", PHOTOGRAPH[:24, 1:25])
+    code, said = restore_quietly(str(exports["dynet"]), source, out)
+    assert (code, "2 restored with large, 1 already done" in said) == (0, True)
