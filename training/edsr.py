@@ -38,7 +38,9 @@ class EDSRStageConfig(StageConfig):
         return self
 
 
-def without_context(low: torch.Tensor, high: torch.Tensor, scale: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+def without_context(
+    low: torch.Tensor, high: torch.Tensor, scale: int, context: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """LR [N,C,h,w] and HR [N,C,sh,sw] patches less ``context`` LR pixels on each side."""
     if not context:
         return low, high

@@ -1,10 +1,12 @@
 """MDSR: one trunk for several scales (arXiv 1707.02921, section 3.3), one scale a step, the others left untouched."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from pydantic import model_validator
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from datagen.degradations.random import generator
 from datagen.degradations.resample import imresize
@@ -72,8 +74,8 @@ def mdsr_objective(config: MDSRStageConfig) -> Objective:
     return objective
 
 
-def hold_idle_branches(optimizer: torch.optim.Optimizer, active: Any) -> Any:
-    """Before each step of ``optimizer`` take the gradients from all branches but ``active()``; returns the hook's handle.
+def hold_idle_branches(optimizer: torch.optim.Optimizer, active: Callable[[], str]) -> RemovableHandle:
+    """Before each step of ``optimizer`` take the gradients from all branches but ``active()``; returns the handle.
 
     A parameter without gradient is passed over by every optimizer of torch: no decay, no moments, no count of steps,
     exactly as if the step had not been. ``make_optimizer`` keeps each branch in a group of its own, which is what ZeRO

@@ -10,6 +10,7 @@ from training.models.edsr import branch_of
 
 BRANCH = "branch"  # key of a parameter group: which of the model's branches it is
 
+
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Adam or AdamW over the trainable parameters of ``model``; branches that idle in turns are groups of their own."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]

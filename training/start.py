@@ -34,11 +34,13 @@ def check_start(config: StageConfig) -> None:
     differing = _differences(found, config.model)
     if differing == ["scale"]:
         raise ConfigError(
-            f"init_from={config.init_from}: is x{getattr(found, 'scale')}, this stage trains "
-            f"x{getattr(config.model, 'scale')}; write init_scale_from instead, which takes over all but the upsampler"
+            f"init_from={config.init_from}: is x{found.scale}, this stage trains "
+            f"x{config.model.scale}; write init_scale_from instead, which takes over all but the upsampler"
         )
     if differing:
-        raise ConfigError(f"init_from={config.init_from}: its model differs from this stage's in {', '.join(differing)}")
+        raise ConfigError(
+            f"init_from={config.init_from}: its model differs from this stage's in {', '.join(differing)}"
+        )
 
 
 def start_from_other_scale(config: EDSRConfig, source: Path, seed: int, folder: Path) -> Path:
@@ -100,4 +102,6 @@ def _differences(found: ModelConfig, wanted: ModelConfig) -> list[str]:
     """Keys of two configs of one kind that differ, scale first."""
     a: dict[str, Any] = found.model_dump()
     b: dict[str, Any] = wanted.model_dump()
-    return sorted((key for key in a.keys() | b.keys() if a.get(key) != b.get(key)), key=lambda key: (key != "scale", key))
+    return sorted(
+        (key for key in a.keys() | b.keys() if a.get(key) != b.get(key)), key=lambda key: (key != "scale", key)
+    )

@@ -114,7 +114,9 @@ def _taps(
     width = support / stretch
     # MATLAB counts pixels from 1: output u sits at u / scale + (1 - 1 / scale) / 2 of the input.
     # From the corner it sits half a cell further: at (u - 1) / scale + 1.
-    centres = torch.arange(1, length_out + 1, dtype=torch.float64) / scale + (1 if from_corner else 0.5) * (1 - 1 / scale)
+    centres = torch.arange(1, length_out + 1, dtype=torch.float64) / scale + (1 if from_corner else 0.5) * (
+        1 - 1 / scale
+    )
     first = torch.floor(centres - width / 2)
     positions = first[None, :] + torch.arange(math.ceil(width) + 2, dtype=torch.float64)[:, None]
     weights = stretch * function(stretch * (centres[None, :] - positions))

@@ -1,7 +1,6 @@
 """EDSR's stage: what it starts from, and LR patches that are those of the published files."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch

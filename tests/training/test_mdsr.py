@@ -1,5 +1,6 @@
 """MDSR's stage: one scale a step, and branches that idle stay bit for bit what they were."""
 
+import functools
 import json
 import os
 import subprocess
@@ -46,11 +47,12 @@ def test_idle_branches_do_not_move_by_gradients_of_zero() -> None:
         torch.manual_seed(0)
         model = build_model(MDSRConfig(blocks=1, features=8))
         optimizer = make_optimizer(model, OptimizerConfig(name="adamw", lr=1e-2, weight_decay=0.1))
-        active = "x2"
+        active: list[str] = []
         if held:
-            hold_idle_branches(optimizer, lambda: active)
-        for active in ("x2", "x3"):
-            model(torch.rand(1, 3, 8, 8), active).mean().backward()
+            hold_idle_branches(optimizer, functools.partial(active.__getitem__, -1))
+        for branch in ("x2", "x3"):
+            active.append(branch)
+            model(torch.rand(1, 3, 8, 8), branch).mean().backward()
             for parameter in model.parameters():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
