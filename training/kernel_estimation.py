@@ -107,7 +107,7 @@ def _distance(grey: Tensor, kernel: Tensor, scale: int, wanted: Tensor) -> float
 
 
 def _sharpness(grey: Tensor) -> Tensor:
-    """Quantiles of how sharp edges are along each direction, [directions, quantiles]: 1 is a step from pixel to pixel."""
+    """Quantiles of how sharp edges are along each direction, [directions, quantiles]; 1: a step between two pixels."""
     picture = grey[0, 0]
     height, width = (side - _LENGTH + 1 for side in picture.shape)
     places = torch.linspace(0.1, 0.95, _QUANTILES, dtype=picture.dtype)
