@@ -130,6 +130,8 @@ def restore(
     overlap: Annotated[int, typer.Option(help="Pixels that neighbouring tiles share.")] = 32,
     scale: Annotated[int, typer.Option(help="MZSR: how much to enlarge; 0: what it was trained for.")] = 0,
     kernel_variance: Annotated[float, typer.Option(help="MZSR: variance of the assumed blur, px^2; 0: the scale.")] = 0,
+    kernel: Annotated[str, typer.Option(help="MZSR: estimate, a blur as 4,1,-0.5, or several: '1;2;4'.")] = "",
+    steps: Annotated[int, typer.Option(help="MZSR: steps of adaptation, 1 to 10.")] = 1,
 ) -> None:
     """Restore pictures with a model from the registry or from an export folder."""
     from pipeline.restore import restore_files
@@ -143,6 +145,8 @@ def restore(
         overlap=overlap,
         scale=scale,
         kernel_variance=kernel_variance,
+        kernel=kernel,
+        steps=steps,
     )
     raise typer.Exit(code)
 

@@ -17,14 +17,15 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from datagen.degradations.kernels import MZSR_SIZE, gaussian_kernel
+from datagen.degradations.kernels import MZSR_SIZE
 from datagen.degradations.resample import imresize
 from infra.config import Config
 from infra.files import sha256_of_file
-from training.adaptation import adapt, enlarge
+from training.adaptation import adapt, enlarge, published_rates
 from training.export import CONFIG, WEIGHTS, ExportError, load_export
 from training.models import DyNetConfig, ModelConfig, scale_of, variants_of
 from training.models.inputs import check_variant
+from training.zero_shot import ZeroShotOptions, blur_of, trained_for
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -44,6 +45,10 @@ class RestoreOptions(Config):
     # MZSR alone: variance in px² of the Gaussian blur that the picture is assumed to have gone through, isotropic,
     # on the grid of the result. 0: as many px² as the scale, near the middle of the kernels that MZSR trains on.
     kernel_variance: Annotated[float, Field(ge=0, le=400)] = 0.0
+    # MZSR alone, in place of kernel_variance: "estimate" finds the blur in the picture; else what ``kernel_named``
+    # reads, or several with ";" between them, of which the one that suits the picture best is taken.
+    kernel: str = ""
+    steps: Annotated[int, Field(ge=1, le=10)] = 1  # MZSR alone: of adaptation
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ def offered_options(config: ModelConfig, metadata: dict[str, Any]) -> dict[str, 
     offered: dict[str, Any] = {"variant": variants_of(config)[-1], "tile": defaults.tile, "overlap": defaults.overlap}
     if config.name == "mzsr":
         offered |= {"scale": int(metadata.get("scale", 2)), "kernel_variance": defaults.kernel_variance}
+        offered |= {"kernel": defaults.kernel, "steps": defaults.steps}
     return offered
 
 
@@ -154,7 +160,7 @@ def restore_array(
     device = next(model.network.parameters()).device
     if model.adapts:
         scale = options.scale
-        restore = _adapted(model.network, image.to(device), options, notify)
+        restore = _adapted(model, image.to(device), options, notify)
     else:
         variant = parse_variant(options.variant)
         scale = scale_of(model.config, options.variant)
@@ -178,7 +184,7 @@ def parse_variant(variant: str) -> str | list[int]:
 
 
 def _adapted(
-    network: nn.Module, image: torch.Tensor, options: RestoreOptions, notify: Callable[[str], None]
+    model: LoadedModel, image: torch.Tensor, options: RestoreOptions, notify: Callable[[str], None]
 ) -> Forward:
     """The enlargement of an MZSR network that has adapted to ``image``, or bicubic if that went wrong.
 
@@ -194,13 +200,16 @@ def _adapted(
         return bicubic
     top, left = ((side - kept) // 2 for side, kept in zip(image.shape[-2:], sides))
     target = image[..., top : top + sides[0], left : left + sides[1]]
-    kernel = gaussian_kernel(MZSR_SIZE, options.kernel_variance, options.kernel_variance)
-    adapted = adapt(network, target, kernel, options.scale)
+    trained = trained_for(model.metadata) | {"scale": options.scale}
+    shot = ZeroShotOptions(**trained, steps=options.steps, kernel=options.kernel or f"{options.kernel_variance:g}")
+    rates = published_rates(shot.steps, shot.scale, shot.subsample)
+    network, assume = model.network, shot.assumption
+    adapted = adapt(network, target, blur_of(target, shot).to(target), shot.scale, rates, assume)
     if not adapted.helped:
         before, after = adapted.losses[0], adapted.losses[-1]
         notify(f"adaptation did not help (loss {before:.4f} before, {after:.4f} after); enlarged by bicubic")
         return bicubic
-    return lambda tile: enlarge(network, adapted.weights, tile, options.scale)
+    return lambda tile: enlarge(network, adapted.weights, tile, shot.scale, assume)
 
 
 def _in_tiles(restore: Forward, image: torch.Tensor, scale: int, tile: int, overlap: int) -> torch.Tensor:
