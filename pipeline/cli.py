@@ -129,9 +129,9 @@ def restore(
     tile: Annotated[int, typer.Option(help="Side of the tiles that large pictures are restored in, pixels.")] = 512,
     overlap: Annotated[int, typer.Option(help="Pixels that neighbouring tiles share.")] = 32,
     scale: Annotated[int, typer.Option(help="MZSR: how much to enlarge; 0: what it was trained for.")] = 0,
+    steps: Annotated[int, typer.Option(help="MZSR: gradient steps on each picture; 0: one, as in the paper.")] = 0,
     kernel_variance: Annotated[float, typer.Option(help="MZSR: variance of the assumed blur, px^2; 0: the scale.")] = 0,
     kernel: Annotated[str, typer.Option(help="MZSR: estimate, a blur as 4,1,-0.5, or several: '1;2;4'.")] = "",
-    steps: Annotated[int, typer.Option(help="MZSR: steps of adaptation, 1 to 10.")] = 1,
 ) -> None:
     """Restore pictures with a model from the registry or from an export folder."""
     from pipeline.restore import restore_files
@@ -144,9 +144,9 @@ def restore(
         tile=tile,
         overlap=overlap,
         scale=scale,
+        steps=steps,
         kernel_variance=kernel_variance,
         kernel=kernel,
-        steps=steps,
     )
     raise typer.Exit(code)
 

@@ -21,7 +21,7 @@ from datagen.degradations.kernels import MZSR_SIZE
 from datagen.degradations.resample import imresize
 from infra.config import Config
 from infra.files import sha256_of_file
-from training.adaptation import adapt, enlarge, published_rates
+from training.adaptation import ONE_STEP, adapt, enlarge, published_rates
 from training.export import CONFIG, WEIGHTS, ExportError, load_export
 from training.models import DyNetConfig, ModelConfig, scale_of, variants_of
 from training.models.inputs import check_variant
@@ -45,10 +45,11 @@ class RestoreOptions(Config):
     # MZSR alone: variance in px² of the Gaussian blur that the picture is assumed to have gone through, isotropic,
     # on the grid of the result. 0: as many px² as the scale, near the middle of the kernels that MZSR trains on.
     kernel_variance: Annotated[float, Field(ge=0, le=400)] = 0.0
+    # MZSR alone: gradient steps on each picture before it is enlarged. 0: one, as in the paper.
+    steps: Annotated[int, Field(ge=0, le=10)] = 0
     # MZSR alone, in place of kernel_variance: "estimate" finds the blur in the picture; else what ``kernel_named``
     # reads, or several with ";" between them, of which the one that suits the picture best is taken.
     kernel: str = ""
-    steps: Annotated[int, Field(ge=1, le=10)] = 1  # MZSR alone: of adaptation
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def offered_options(config: ModelConfig, metadata: dict[str, Any]) -> dict[str, 
     offered: dict[str, Any] = {"variant": variants_of(config)[-1], "tile": defaults.tile, "overlap": defaults.overlap}
     if config.name == "mzsr":
         offered |= {"scale": int(metadata.get("scale", 2)), "kernel_variance": defaults.kernel_variance}
-        offered |= {"kernel": defaults.kernel, "steps": defaults.steps}
+        offered |= {"steps": len(ONE_STEP)}
+        offered |= {"kernel": defaults.kernel}
     return offered
 
 
@@ -127,7 +129,8 @@ def resolve_options(model: LoadedModel, options: RestoreOptions) -> RestoreOptio
         check_variant(variant, variants_of(model.config), model.config.name)
     scale = options.scale or offered.get("scale", 0)
     variance = options.kernel_variance or float(scale)
-    return options.model_copy(update={"variant": variant, "scale": scale, "kernel_variance": variance})
+    steps = options.steps or offered.get("steps", 0)
+    return options.model_copy(update={"variant": variant, "scale": scale, "kernel_variance": variance, "steps": steps})
 
 
 def restore_array(

@@ -84,9 +84,9 @@ def restore_files(
     tile: int = 512,
     overlap: int = 32,
     scale: int = 0,
+    steps: int = 0,
     kernel_variance: float = 0.0,
     kernel: str = "",
-    steps: int = 1,
     settings: TrackingConfig | None = None,
     cache: Path | None = None,
     device: str | None = None,
@@ -102,7 +102,7 @@ def restore_files(
         model_source: see ``resolve_model``.
         source: a PNG, JPEG, WebP or TIFF file, or a folder.
         out: for a folder a folder; for a picture a file name, whose suffix chooses the format, or a folder.
-        variant, tile, overlap, scale, kernel_variance, kernel, steps: see ``RestoreOptions``.
+        variant, tile, overlap, scale, steps, kernel_variance, kernel: see ``RestoreOptions``.
 
     Returns:
         0 all restored; 1 some pictures failed, each is named at the end; 2 refused before any work: no
@@ -115,9 +115,9 @@ def restore_files(
             tile=tile,
             overlap=overlap,
             scale=scale,
+            steps=steps,
             kernel_variance=kernel_variance,
             kernel=kernel,
-            steps=steps,
         )
         pairs = _pairs(source, out)
         model = resolve_model(model_source, settings, cache=cache, device=device)
