@@ -138,7 +138,7 @@ def test_what_is_kept(exports: Path, pictures: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "results.json").read_text())["psnr"] == evaluation.summary["psnr"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/jpeg") == 2 * 4 * 3
-    assert f"{evaluation.summary['psnr']:.2f} dB" in page and "http" not in page
+    assert f"{evaluation.summary['psnr']:.2f} dB" in page and "://" not in page
     import mlflow
 
     client = mlflow.MlflowClient(store)
