@@ -177,7 +177,8 @@ def _variant(model: LoadedModel, scale: int, name: str) -> str:
 
 def _zero_shot(model: LoadedModel, benchmark: Benchmark, options: EvaluateOptions) -> Method:
     condition, trained = benchmark.condition, trained_for(model.metadata)
-    adapts = options.steps > 0 and model.metadata.get("stage") != "mzsr_large_scale"
+    large_scale = model.metadata.get("stage") == "mzsr_large_scale"
+    adapts = options.steps > 0 and not large_scale
     if adapts and trained["scale"] != condition.scale:
         raise ConfigError(f"{options.model}: was trained for x{trained['scale']}, --scale is {condition.scale}")
     assume = options.assume
@@ -200,7 +201,7 @@ def _zero_shot(model: LoadedModel, benchmark: Benchmark, options: EvaluateOption
     network = model.network
     device = next(network.parameters()).device
     # The large-scale phase knows pictures enlarged by bicubic, and no shift.
-    unadapted = Assumption(condition.subsample, trained["alignment"] if "alignment" in model.metadata else "aligned")
+    unadapted = Assumption(condition.subsample, "aligned" if large_scale else trained["alignment"])
 
     def restore(given: np.ndarray, notify: Callable[[str], None]) -> np.ndarray:
         image = to_batch(given).to(device)

@@ -1,5 +1,6 @@
 """What a super-resolution stage starts from: an export of its own kind, or the weights of another scale."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,12 @@ def start_from_other_scale(config: EDSRConfig, source: Path, seed: int, folder: 
     assert all(name.startswith("upsampler.") for name in fresh)
     model.load_state_dict(own | taken)
     save_export(model, config, folder, origin | {"taken": len(taken), "fresh": fresh})
-    print(
-        f"{PROGRESS}edsr: x{config.scale} starts from the x{found.scale} in {source}: "
-        f"{len(taken)} of {len(own)} tensors taken over, drawn anew: {', '.join(fresh)}",
-        flush=True,
-    )
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"{PROGRESS}edsr: x{config.scale} starts from the x{found.scale} in {source}: "
+            f"{len(taken)} of {len(own)} tensors taken over, drawn anew: {', '.join(fresh)}",
+            flush=True,
+        )
     return folder
 
 
