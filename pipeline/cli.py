@@ -86,7 +86,7 @@ def datagen(context: typer.Context) -> None:
     epilog="Example:\n\n`ird train pretrain --ranks 2 --config configs/training/pretrain_demo.yaml out=runs/pretrain`",
 )
 def train(
-    stage: Annotated[str, typer.Argument(help="pretrain, finetune, edsr or mzsr.")],
+    stage: Annotated[str, typer.Argument(help="pretrain, finetune, edsr, mdsr or mzsr.")],
     config: Annotated[Path, typer.Option("--config", help="YAML file, see configs/training/.")],
     ranks: Annotated[
         int | None, typer.Option(help="Processes on this host; default: one for each accelerator.")
@@ -102,6 +102,7 @@ def train(
     from infra.launcher import StageFailed, run_deepspeed
     from training.config import StageConfig
     from training.edsr import EDSRStageConfig
+    from training.mdsr import MDSRStageConfig
     from training.mzsr import MZSRStageConfig
     from training.pretrain import PretrainConfig
 
@@ -109,6 +110,7 @@ def train(
         "pretrain": PretrainConfig,
         "finetune": PretrainConfig,
         "edsr": EDSRStageConfig,
+        "mdsr": MDSRStageConfig,
         "mzsr": MZSRStageConfig,
     }
     if stage not in schemas:
@@ -154,6 +156,7 @@ def restore(
     scale: Annotated[int, typer.Option(help="MZSR: how much to enlarge; 0: what it was trained for.")] = 0,
     steps: Annotated[int, typer.Option(help="MZSR: gradient steps on each picture; 0: one, as in the paper.")] = 0,
     kernel_variance: Annotated[float, typer.Option(help="MZSR: variance of the assumed blur, px^2; 0: the scale.")] = 0,
+    kernel: Annotated[str, typer.Option(help="MZSR: estimate, a blur as 4,1,-0.5, or several: '1;2;4'.")] = "",
 ) -> None:
     """Restore pictures with a model from the registry or from an export folder."""
     from infra.config import ConfigError
@@ -172,6 +175,7 @@ def restore(
         scale=scale,
         steps=steps,
         kernel_variance=kernel_variance,
+        kernel=kernel,
         budget_ms=budget_ms,
         budget_mem=budget_mem,
         compare=compare,
@@ -320,17 +324,59 @@ def models(
     print_models(size, measure)
 
 
-@app.command(epilog="Example:\n\n`ird evaluate --config configs/training/evaluate_demo.yaml out=runs/evaluate`")
+@app.command(
+    epilog="Examples:\n\n`ird evaluate --model bicubic --scale 2 benchmarks/set5`\n\n"
+    "`ird evaluate --model runs/edsr/export --scale 2 --protocol sr-y benchmarks/set5 --json`\n\n"
+    "`ird evaluate --model models:/dynet@champion --sigma 25 benchmarks/cbsd68 --out runs/cbsd68`\n\n"
+    "`ird evaluate --model runs/mzsr_meta/export --scale 2 --kernel g_2.0 --subsample direct --steps 1 set5/`\n\n"
+    "`ird evaluate --config configs/training/evaluate_demo.yaml out=runs/evaluate`",
+)
 def evaluate(
-    config: Annotated[Path, typer.Option("--config", help="YAML file, see configs/training/evaluate_demo.yaml.")],
-    overrides: Overrides = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FOLDER", help="Clean pictures, or a benchmark: a name in configs/benchmarks, a .yaml."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="bicubic, input, an export folder, or models:/NAME@ALIAS.")] = "",
+    scale: Annotated[int, typer.Option(help="Super-resolution: how much smaller the pictures are made.")] = 0,
+    protocol: Annotated[str, typer.Option(help="sr-y (default), sr-rgb, sr-div2k, …; rgb (default), y.")] = "",
+    kernel: Annotated[str, typer.Option(help="Blur first: g_2.0, a variance in px^2, or var1,var2,theta.")] = "",
+    subsample: Annotated[str, typer.Option(help="Super-resolution: bicubic or direct.")] = "",
+    sigma: Annotated[float, typer.Option(help="Gaussian noise, levels of 255, drawn by the picture's name.")] = 0,
+    recipe: Annotated[str, typer.Option(help="Restoration: each chain of this recipe is a task.")] = "",
+    chains: Annotated[str, typer.Option(help="Only these chains of the recipe: noise_25,rain.")] = "",
+    variant: Annotated[str, typer.Option(help="Of DyNet; MDSR's follows from the scale.")] = "",
+    ensemble: Annotated[bool, typer.Option("--ensemble", help="Mean over eight flips and turns (EDSR+).")] = False,
+    steps: Annotated[int, typer.Option(help="MZSR: steps of adaptation, 0 to 10.")] = 10,
+    assume: Annotated[str, typer.Option(help="MZSR: given, estimate, or blurs to choose from: '1.0;2.0'.")] = "given",
+    back_projections: Annotated[int, typer.Option(help="MZSR: after the enlargement.")] = 0,
+    dataset: Annotated[str, typer.Option(help="The model's training data, to look for these pictures in it.")] = "",
+    niqe: Annotated[bool, typer.Option("--niqe", help="Also the score without reference.")] = False,
+    lpips: Annotated[str, typer.Option(metavar="FILE", help="Also a perceptual distance: your TorchScript.")] = "",
+    seed: Annotated[int, typer.Option(help="Another seed draws other noise.")] = 0,
+    out: Annotated[str, typer.Option(help="Keep table, page with best and worst places, and an MLflow run.")] = "",
+    tile: Annotated[int, typer.Option(help="Side of the tiles, pixels; 0: whole pictures.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the means on standard output.")] = False,
+    config: ConfigFile = None,
 ) -> None:
-    """Measure exports on held-out pictures: PSNR and SSIM beside the degraded input and bicubic."""
-    from infra.config import load_config
-    from training.evaluate import EvaluateConfig
-    from training.evaluate import evaluate as run
+    """Measure a model on a folder of clean pictures: PSNR and SSIM under a named protocol, leaks, best and worst."""
+    from infra.config import ConfigError, load_config
 
-    raise typer.Exit(run(load_config(EvaluateConfig, config, overrides or [])))
+    if config is not None:
+        from training.evaluate import EvaluateConfig
+        from training.evaluate import evaluate as run_config
+
+        raise typer.Exit(run_config(load_config(EvaluateConfig, config, arguments or [])))
+    if not model or len(arguments or []) != 1:
+        raise ConfigError("give --model and one FOLDER, or --config FILE; see `ird evaluate --help`")
+    from pipeline.evaluate import evaluate_from_command_line
+
+    given = {"scale": scale, "kernel": kernel, "subsample": subsample, "sigma": sigma, "recipe": recipe}
+    given["chains"] = tuple(chains.split(",")) if chains else ()
+    options = {"model": model, "variant": variant, "ensemble": ensemble, "steps": steps, "assume": assume}
+    options |= {"back_projections": back_projections, "dataset": dataset, "niqe": niqe, "lpips": lpips, "out": out}
+    options |= {"tile": tile}
+    (folder,) = arguments or []
+    raise typer.Exit(evaluate_from_command_line(folder, given, protocol, seed, options, as_json=as_json))
 
 
 @app.command(epilog="Example:\n\n`ird report runs/demo`")

@@ -17,15 +17,16 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from datagen.degradations.kernels import MZSR_SIZE, gaussian_kernel
+from datagen.degradations.kernels import MZSR_SIZE
 from datagen.degradations.resample import imresize
 from infra.config import Config
 from infra.files import sha256_of_file
 from pipeline.memory import SHARE, bytes_per_pixel, free_memory, largest_tile
-from training.adaptation import ONE_STEP, adapt, enlarge
+from training.adaptation import ONE_STEP, adapt, enlarge, published_rates
 from training.export import CONFIG, WEIGHTS, ExportError, load_export
 from training.models import DyNetConfig, ModelConfig, scale_of, variants_of
 from training.models.inputs import check_variant
+from training.zero_shot import ZeroShotOptions, blur_of, trained_for
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -49,7 +50,10 @@ class RestoreOptions(Config):
     # on the grid of the result. 0: as many px² as the scale, near the middle of the kernels that MZSR trains on.
     kernel_variance: Annotated[float, Field(ge=0, le=400)] = 0.0
     # MZSR alone: gradient steps on each picture before it is enlarged. 0: one, as in the paper.
-    steps: Annotated[int, Field(ge=0, le=20)] = 0
+    steps: Annotated[int, Field(ge=0, le=10)] = 0
+    # MZSR alone, in place of kernel_variance: "estimate" finds the blur in the picture; else what ``kernel_named``
+    # reads, or several with ";" between them, of which the one that suits the picture best is taken.
+    kernel: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def offered_options(config: ModelConfig, metadata: dict[str, Any]) -> dict[str, 
     if config.name == "mzsr":
         offered |= {"scale": int(metadata.get("scale", 2)), "kernel_variance": defaults.kernel_variance}
         offered |= {"steps": len(ONE_STEP)}
+        offered |= {"kernel": defaults.kernel}
     return offered
 
 
@@ -171,7 +176,7 @@ def restore_array(
         options = options.model_copy(update={"tile": tile, "overlap": min(options.overlap, tile // 2)})
     if model.adapts:
         scale = options.scale
-        restore = _adapted(model.network, image.to(device), options, notify)
+        restore = _adapted(model, image.to(device), options, notify)
     else:
         variant = parse_variant(options.variant)
         scale = scale_of(model.config, options.variant)
@@ -218,7 +223,7 @@ def parse_variant(variant: str) -> str | list[int]:
 
 
 def _adapted(
-    network: nn.Module, image: torch.Tensor, options: RestoreOptions, notify: Callable[[str], None]
+    model: LoadedModel, image: torch.Tensor, options: RestoreOptions, notify: Callable[[str], None]
 ) -> Forward:
     """The enlargement of an MZSR network that has adapted to ``image``, or bicubic if that went wrong.
 
@@ -234,15 +239,16 @@ def _adapted(
         return bicubic
     top, left = ((side - kept) // 2 for side, kept in zip(image.shape[-2:], sides))
     target = image[..., top : top + sides[0], left : left + sides[1]]
-    kernel = gaussian_kernel(MZSR_SIZE, options.kernel_variance, options.kernel_variance)
-    # The rates with which MZSR's released code goes on behind the first step.
-    rates = [*ONE_STEP, *[0.01] * 3, *[0.005] * options.steps][: options.steps]
-    adapted = adapt(network, target, kernel, options.scale, rates)
+    trained = trained_for(model.metadata) | {"scale": options.scale}
+    shot = ZeroShotOptions(**trained, steps=options.steps, kernel=options.kernel or f"{options.kernel_variance:g}")
+    rates = published_rates(shot.steps, shot.scale, shot.subsample)
+    network, assume = model.network, shot.assumption
+    adapted = adapt(network, target, blur_of(target, shot).to(target), shot.scale, rates, assume)
     if not adapted.helped:
         before, after = adapted.losses[0], adapted.losses[-1]
         notify(f"adaptation did not help (loss {before:.4f} before, {after:.4f} after); enlarged by bicubic")
         return bicubic
-    return lambda tile: enlarge(network, adapted.weights, tile, options.scale)
+    return lambda tile: enlarge(network, adapted.weights, tile, shot.scale, assume)
 
 
 def _in_tiles(restore: Forward, image: torch.Tensor, scale: int, tile: int, overlap: int) -> torch.Tensor:

@@ -109,6 +109,7 @@ def restore_files(
     budget_ms: float | None = None,
     budget_mem: str = "",
     compare: bool = False,
+    kernel: str = "",
     settings: TrackingConfig | None = None,
     cache: Path | None = None,
     device: str | None = None,
@@ -123,8 +124,8 @@ def restore_files(
     Args:
         model_source: see ``resolve_model``.
         source, out: see ``pipeline.places.plan``.
-        variant, tile, overlap, scale, steps, kernel_variance: see ``RestoreOptions``; the variant ``auto`` takes the
-            deepest that fits ``budget_ms``.
+        variant, tile, overlap, scale, steps, kernel_variance, kernel: see ``RestoreOptions``; the variant ``auto``
+            takes the deepest that fits ``budget_ms``.
         budget_ms: milliseconds that a picture may take; implies the variant ``auto``.
         budget_mem: memory that a picture may take, as ``2G``; it is done in tiles that fit.
         compare: also write NAME.compare.png, before and after beside each other.
@@ -152,6 +153,7 @@ def restore_files(
             scale=scale,
             steps=steps,
             kernel_variance=kernel_variance,
+            kernel=kernel,
         )
         memory = parse_bytes(budget_mem) if budget_mem else None
         sources = [source] if isinstance(source, str | Path) else source

@@ -21,12 +21,14 @@ from infra.config import Config, ConfigError
 from infra.files import publish_atomically, write_atomically
 from infra.launcher import MARKER, PROGRESS
 from infra.tracking import Tracker, TrackingConfig
-from training.adaptation import adapt, enlarge, shrink_blurred
+from training.adaptation import Assumption, adapt, enlarge, shrink_blurred
+from training.benchmark import to_batch, to_picture
 from training.config import Positive
 from training.entry import run_from_command_line
 from training.export import load_export
-from training.metrics import compare, to_uint8
+from training.metrics import compare
 from training.models import scale_of, variants_of
+from training.zero_shot import trained_for
 
 
 class Restoration(Config):
@@ -143,16 +145,6 @@ def read_pictures(folder: Path, crop: int) -> dict[str, torch.Tensor]:
     return pictures
 
 
-def to_batch(picture: np.ndarray) -> torch.Tensor:
-    """RGB uint8 [H,W,3] to float32 [1,3,H,W] in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))[None].float() / 255
-
-
-def to_picture(batch: torch.Tensor) -> np.ndarray:
-    """Float [1,3,H,W] to RGB uint8 [H,W,3], clipped and rounded."""
-    return to_uint8(batch[0].permute(1, 2, 0).numpy())
-
-
 def write_picture(path: Path, picture: np.ndarray) -> None:
     """Publish RGB uint8 [H,W,3] as PNG."""
     with publish_atomically(path) as temporary:
@@ -201,24 +193,26 @@ def _super_resolution(section: SuperResolution, pictures: dict[str, torch.Tensor
 
 
 def _zero_shot(section: ZeroShot, pictures: dict[str, torch.Tensor], seed: int) -> Iterator[Result]:
-    meta, _, _ = load_export(Path(section.model))
+    meta, _, facts = load_export(Path(section.model))
     large_scale, _, _ = load_export(Path(section.large_scale))
     before, unadapted = dict(large_scale.named_parameters()), dict(meta.named_parameters())
     scale = section.scale
+    trained = trained_for(facts)
+    assume = Assumption(trained["subsample"], trained["alignment"])
     kernel, assumed = (gaussian_kernel(15, k.var1, k.var2, k.theta).float() for k in (section.kernel, section.assumed))
     protocol = {"shave": scale, "y_only": True}
     steps = len(section.lrs)
     for name, clean in pictures.items():
-        low = shrink_blurred(clean, kernel, scale).mul(255).round().div(255)
+        low = shrink_blurred(clean, kernel, scale, assume.subsample).mul(255).round().div(255)
         target = to_picture(clean)
         task = f"blind_sr_x{scale}"
         yield task, name, CLEAN, target, target, protocol
         yield task, name, "bicubic", to_picture(imresize(low, scale)), target, protocol
-        yield task, name, "large-scale", to_picture(enlarge(large_scale, before, low, scale)), target, protocol
-        yield task, name, "mzsr-unadapted", to_picture(enlarge(meta, unadapted, low, scale)), target, protocol
+        yield task, name, "large-scale", to_picture(enlarge(large_scale, before, low, scale, assume)), target, protocol
+        yield task, name, "mzsr-unadapted", to_picture(enlarge(meta, unadapted, low, scale, assume)), target, protocol
         for method, blur in ((f"mzsr-{steps}step", kernel), (f"mzsr-{steps}step-assumed", assumed)):
-            adapted = adapt(meta, low, blur, scale, section.lrs)
-            enlarged = enlarge(meta, adapted.weights, low, scale)
+            adapted = adapt(meta, low, blur, scale, section.lrs, assume)
+            enlarged = enlarge(meta, adapted.weights, low, scale, assume)
             yield task, name, method, to_picture(enlarged), target, protocol
 
 

@@ -17,12 +17,13 @@ from datagen.degradations.kernels import mzsr_kernel
 from datagen.degradations.random import generator
 from datagen.degradations.resample import imresize
 from infra.config import Config
-from training.adaptation import Weights, inner_step, shrink_blurred
-from training.config import Positive, Rate, StageConfig
+from training.adaptation import Assumption, Weights, inner_step, network_input, shrink_blurred
+from training.config import NotNegative, Positive, Rate, StageConfig
 from training.corruption import shrink
 from training.entry import run_from_command_line
 from training.learner import Learner, Objective
 from training.loop import run_stage
+from training.start import check_start
 
 
 class MetaConfig(Config):
@@ -35,7 +36,10 @@ class MetaConfig(Config):
     # The query losses after each inner step are weighted equally at first; over these steps the weight
     # moves to the last one (MAML++, arXiv 1810.09502). In the released code it never moves.
     anneal_steps: Positive = 3333
+    # Gradients through the inner steps. Without, those of the adapted weights stand for them (FOMAML): cheaper.
     second_order: bool = True
+    # Derivative-order annealing (MAML++, section 3): first-order gradients up to this step, second-order ones after it.
+    first_order_steps: NotNegative = 0
 
 
 class MZSRStageConfig(StageConfig):
@@ -43,6 +47,10 @@ class MZSRStageConfig(StageConfig):
 
     phase: Literal["large_scale", "meta_transfer"]
     scale: Literal[2, 3, 4] = 2
+    # How the tasks of meta-transfer sub-sample, and where the network's input puts the pixels that are kept directly;
+    # see ``training.adaptation.Assumption``. The released code: direct, or a model of its own for bicubic; "released".
+    subsample: Literal["direct", "bicubic"] = "direct"
+    alignment: Literal["aligned", "released"] = "aligned"
     meta: MetaConfig = MetaConfig()
 
     @model_validator(mode="after")
@@ -57,6 +65,8 @@ class MZSRStageConfig(StageConfig):
                 raise ValueError(
                     f"data.batch={self.data.batch} must be meta.tasks x 2 x meta.patches_per_set = {expected}"
                 )
+            if self.meta.first_order_steps and not self.meta.second_order:
+                raise ValueError("meta.first_order_steps: needs meta.second_order, to which it goes over")
             if not self.init_from:
                 raise ValueError("init_from: meta-transfer starts from the export folder of the large_scale phase")
         return self
@@ -90,16 +100,18 @@ def meta_objective(config: MZSRStageConfig) -> Objective:
     twice.
     """
     meta, scale = config.meta, config.scale
+    assume = Assumption(config.subsample, config.alignment)
 
     def objective(learner: Learner, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         clean = batch["clean"]
         rank, tasks = learner.rank, clean.shape[0] // (2 * meta.patches_per_set)
         weights = query_weights(step, meta)
+        second_order = meta.second_order and step >= meta.first_order_steps
         losses, before, after = [], [], []
         for task, patches in enumerate(clean.split(2 * meta.patches_per_set)):
             draw = generator(config.seed, 0, f"task:{rank * tasks + task}", step)
             kernel = mzsr_kernel(draw, scale).to(clean)
-            enlarged = imresize(shrink_blurred(patches, kernel, scale), scale)
+            enlarged = network_input(shrink_blurred(patches, kernel, scale, config.subsample), scale, assume)
             (support_in, query_in), (support, query) = enlarged.chunk(2), patches.chunk(2)
             adapted: Weights = dict(learner.module.named_parameters())
             with torch.no_grad():
@@ -107,7 +119,7 @@ def meta_objective(config: MZSRStageConfig) -> Objective:
             task_loss = clean.new_zeros(())
             for weight in weights:
                 adapted, _ = inner_step(
-                    learner.module, adapted, support_in, support, meta.inner_lr, second_order=meta.second_order
+                    learner.module, adapted, support_in, support, meta.inner_lr, second_order=second_order
                 )
                 query_loss = functional.l1_loss(functional_call(learner.module, adapted, (query_in,)), query)
                 task_loss = task_loss + weight * query_loss
@@ -126,10 +138,12 @@ def meta_objective(config: MZSRStageConfig) -> Objective:
 
 def train_mzsr(config: MZSRStageConfig) -> int:
     """Run the phase; see ``training.loop.run_stage`` for what is written and returned."""
-    facts = {"scale": config.scale}
+    check_start(config)
+    facts: dict[str, Any] = {"scale": config.scale}
     if config.phase == "large_scale":
         objective, corrupt = large_scale_objective(config.scale), partial(shrink, config.scale)
         return run_stage("mzsr_large_scale", config, objective, corrupt, facts)
+    facts |= {"subsample": config.subsample, "alignment": config.alignment}
     return run_stage("mzsr_meta", config, meta_objective(config), None, facts)
 
 

@@ -6,16 +6,23 @@ import torch
 from torch import nn
 
 from training.config import OptimizerConfig, ScheduleConfig
+from training.models.edsr import branch_of
+
+BRANCH = "branch"  # key of a parameter group: which of the model's branches it is
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW over the trainable parameters of ``model``, fused: it can leave a step out without being asked on
-    the host (``training.guard``)."""
+    """Adam or AdamW over the trainable parameters of ``model``; branches that idle in turns are groups of their own.
+
+    Fused: it can leave a step out without being asked on the host (``training.guard``).
+    """
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return kind(
-        trainable, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
+    branches: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            branches.setdefault(branch_of(name), []).append(parameter)
+    groups = [{"params": group} | ({BRANCH: branch} if branch else {}) for branch, group in branches.items()]
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(step: int, steps: int, base: float, schedule: ScheduleConfig) -> float:

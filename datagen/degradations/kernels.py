@@ -142,3 +142,25 @@ EVALUATION_KERNELS: dict[str, Tensor] = {
 """The kernels of the MZSR tables; the numbers in the names are variances. g_1.3 goes with bicubic sub-sampling, the
 others with direct. g_ani reproduces the published bicubic row on Set5 only: its B100 and Urban100 rows were made
 with an unknown kernel."""
+
+
+def kernel_named(text: str, size: int = 21) -> Tensor:
+    """A blur from what a person writes: a name in ``EVALUATION_KERNELS``, or the variances of a Gaussian in px^2.
+
+    "2.0" is round; "4,1,-0.5" has var1, var2 and theta of ``gaussian_kernel``. float64 (size, size), or of the named
+    kernel's size.
+
+    Raises:
+        ValueError: it is neither, or a variance is out of range.
+    """
+    if text in EVALUATION_KERNELS:
+        return EVALUATION_KERNELS[text]
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2, 3):
+        known = ", ".join(EVALUATION_KERNELS)
+        raise ValueError(f"kernel {text!r}: expected {known}, a variance such as 2.0, or var1,var2,theta")
+    var1, var2, theta = (*numbers, *([numbers[0], 0.0][len(numbers) - 1 :]))
+    return gaussian_kernel(size, var1, var2, theta)

@@ -27,6 +27,7 @@ def imresize(
     filter: str = "cubic",
     antialias: bool = True,
     round_to_uint8: bool = False,
+    from_corner: bool = False,
 ) -> Tensor:
     """Resize (N, C, H, W) as MATLAB's imresize does, to 1e-5 in float32.
 
@@ -38,6 +39,9 @@ def imresize(
     ``round_to_uint8``: input holds 8-bit levels / 255, and the result is rounded to them after each of the two
     passes, as MATLAB does on uint8 images; a single rounding at the end differs by up to 2 levels. The output of a
     float resize is not clipped: cubic overshoots.
+
+    ``from_corner``: output pixel u lies at u / scale of the input, both from 0, instead of centre-aligned: the inverse
+    of ``downsample_direct``, whose pixels are the top-left ones of their cells.
 
     Raises:
         ValueError: not exactly one of ``scale`` and ``size``, or an output of no pixels.
@@ -63,7 +67,7 @@ def imresize(
     for axis in sorted((0, 1), key=lambda axis: scales[axis]):
         if lengths[axis] == x.shape[axis - 2] and scales[axis] == 1:
             continue
-        x = _resize_axis(x, axis - 2, lengths[axis], scales[axis], filter, antialias)
+        x = _resize_axis(x, axis - 2, lengths[axis], scales[axis], filter, antialias, from_corner)
         if round_to_uint8:
             # MATLAB rounds halves away from zero; after the clip that is up.
             x = (x.clamp(0, 255) + 0.5).floor()
@@ -74,7 +78,7 @@ def downsample_direct(x: Tensor, scale: int) -> Tensor:
     """Keep pixels 0, scale, 2 scale, ... of both axes: the 'direct' sub-sampling of ZSSR and MZSR, after a blur.
 
     The kept pixel is the top-left one of each cell, while ``imresize`` is centre-aligned: the two differ by
-    (scale - 1) / 2 px, as in the published evaluation.
+    (scale - 1) / 2 px, as in the published evaluation. ``imresize(..., from_corner=True)`` has the same alignment.
     """
     step = int(SUBSAMPLING.check(scale))
     return x[..., ::step, ::step]
@@ -86,8 +90,10 @@ def resize(x: Tensor, height: int, width: int, *, filter: str = "cubic", antiali
     return imresize(x, size=(height, width), filter=filter, antialias=antialias).clamp(0, 1)
 
 
-def _resize_axis(x: Tensor, axis: int, length: int, scale: float, filter: str, antialias: bool) -> Tensor:
-    weights, indices = _taps(x.shape[axis], length, scale, filter, antialias)
+def _resize_axis(
+    x: Tensor, axis: int, length: int, scale: float, filter: str, antialias: bool, from_corner: bool
+) -> Tensor:
+    weights, indices = _taps(x.shape[axis], length, scale, filter, antialias, from_corner)
     shape = (-1, 1) if axis == -2 else (-1,)
     total = None
     # Tap by tap instead of a matrix product: every output is the same sum in the same order in any batch.
@@ -99,13 +105,18 @@ def _resize_axis(x: Tensor, axis: int, length: int, scale: float, filter: str, a
 
 
 @functools.lru_cache(maxsize=256)
-def _taps(length_in: int, length_out: int, scale: float, filter: str, antialias: bool) -> tuple[Tensor, Tensor]:
+def _taps(
+    length_in: int, length_out: int, scale: float, filter: str, antialias: bool, from_corner: bool
+) -> tuple[Tensor, Tensor]:
     """Weights and source positions, each (taps, length_out), for one axis."""
     function, support = _FILTERS[filter]
     stretch = min(scale, 1.0) if antialias else 1.0
     width = support / stretch
     # MATLAB counts pixels from 1: output u sits at u / scale + (1 - 1 / scale) / 2 of the input.
-    centres = torch.arange(1, length_out + 1, dtype=torch.float64) / scale + 0.5 * (1 - 1 / scale)
+    # From the corner it sits half a cell further: at (u - 1) / scale + 1.
+    centres = torch.arange(1, length_out + 1, dtype=torch.float64) / scale + (1 if from_corner else 0.5) * (
+        1 - 1 / scale
+    )
     first = torch.floor(centres - width / 2)
     positions = first[None, :] + torch.arange(math.ceil(width) + 2, dtype=torch.float64)[:, None]
     weights = stretch * function(stretch * (centres[None, :] - positions))

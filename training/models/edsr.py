@@ -111,6 +111,12 @@ class MDSR(nn.Module):
         return self.colour.outward(self.tail(self.upsampler[str(variant)](x + self.trunk(x))))
 
 
+def branch_of(parameter: str) -> str:
+    """The scale ("x3") that alone uses the weight of this name in an MDSR; empty for what all of them use."""
+    parts = parameter.split(".")
+    return parts[1] if len(parts) > 2 and parts[0] in ("preprocess", "upsampler") and parts[1].startswith("x") else ""
+
+
 class _ColourShift(nn.Module):
     """[0, 1] to the scale of the weights and back. The mean is data of the config, not of a checkpoint."""
 

@@ -1,0 +1,112 @@
+"""One call for a picture and a meta-trained network: which blur, how many steps, what if they do not help."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from datagen.degradations.kernels import MZSR_SIZE, gaussian_kernel, kernel_named
+from datagen.degradations.resample import imresize
+from infra.config import Config
+from training.adaptation import (
+    Assumption,
+    adapt,
+    back_project,
+    enlarge,
+    enlarge_as_ensemble,
+    published_rates,
+)
+from training.kernel_estimation import estimate_kernel, most_consistent
+
+ESTIMATE = "estimate"
+
+
+class ZeroShotOptions(Config):
+    """Meta-test (MZSR section 3.4) on one picture; the defaults adapt in ten steps to a round blur."""
+
+    scale: Annotated[int, Field(ge=2, le=4)] = 2
+    steps: Annotated[int, Field(ge=1, le=10)] = 10
+    # Learning rate of each step; empty: the released test code's for this scale and sub-sampling.
+    rates: tuple[float, ...] = ()
+    # The blur on the grid of the result: as ``kernel_named`` reads it; several with ";" between them, of which the one
+    # that suits the picture best is taken; "estimate"; empty: a round Gaussian of as many px^2 as the scale.
+    kernel: str = ""
+    subsample: Literal["direct", "bicubic"] = "direct"
+    alignment: Literal["aligned", "released"] = "aligned"
+    noise: Annotated[float, Field(ge=0, le=50)] = 0.0  # sigma of noise in the picture, levels of 255
+    back_projections: Annotated[int, Field(ge=0, le=20)] = 0
+    ensemble: bool = False
+
+    @property
+    def assumption(self) -> Assumption:
+        """The part of the options that the network's input depends on."""
+        return Assumption(self.subsample, self.alignment, self.noise)
+
+
+def trained_for(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that an export of ``training.mzsr`` was trained for, from its metadata.
+
+    Exports from before there was a choice have the released alignment.
+    """
+    return {
+        "scale": int(metadata.get("scale", 2)),
+        "subsample": metadata.get("subsample", "direct"),
+        "alignment": metadata.get("alignment", "released"),
+    }
+
+
+def blur_of(picture: Tensor, options: ZeroShotOptions) -> Tensor:
+    """The blur [k,k] that ``options.kernel`` names, finds or chooses for ``picture`` [1,3,H,W].
+
+    Raises:
+        ValueError: it names none.
+    """
+    if not options.kernel:
+        return gaussian_kernel(MZSR_SIZE, options.scale, options.scale).float()
+    if options.kernel == ESTIMATE:
+        return estimate_kernel(picture, options.scale).float()
+    candidates = [kernel_named(text.strip()).float() for text in options.kernel.split(";")]
+    if len(candidates) == 1:
+        return candidates[0]
+    return candidates[most_consistent(picture, candidates, options.scale)]
+
+
+def enlarge_zero_shot(
+    model: nn.Module,
+    picture: Tensor,
+    options: ZeroShotOptions,
+    *,
+    kernel: Tensor | None = None,
+    fallback: nn.Module | None = None,
+    notify: Callable[[str], Any] = warnings.warn,
+) -> Tensor:
+    """``picture`` [1,3,H,W] in [0, 1] enlarged by ``model`` after it has adapted to it; [1,3,sH,sW] in [0, 1].
+
+    Args:
+        kernel: the blur [k,k], in place of what ``options.kernel`` says.
+        fallback: a network of the large-scale phase, which needs no adaptation.
+        notify: told when adaptation made its own loss no better, and what was done instead: the meta-trained weights
+            as they are would be worse than bicubic, which is the last resort.
+    """
+    scale, assume = options.scale, options.assumption
+    if min(picture.shape[-2:]) < MZSR_SIZE * scale:
+        notify(f"too small to adapt to ({picture.shape[-1]}x{picture.shape[-2]}); enlarged by bicubic")
+        return imresize(picture, scale).clamp(0, 1)
+    kernel = blur_of(picture, options).to(picture) if kernel is None else kernel.to(picture)
+    rates = options.rates or published_rates(options.steps, scale, options.subsample)
+    adapted = adapt(model, picture, kernel, scale, rates, assume)
+    weights: Mapping[str, Tensor] = adapted.weights
+    if not adapted.helped:
+        before, after = adapted.losses[0], adapted.losses[-1]
+        instead = "the large-scale weights" if fallback is not None else "bicubic"
+        notify(f"adaptation did not help (loss {before:.4f} before, {after:.4f} after); enlarged by {instead}")
+        if fallback is None:
+            return imresize(picture, scale).clamp(0, 1)
+        model, weights = fallback, dict(fallback.named_parameters())
+    if options.ensemble and adapted.helped:
+        restored = enlarge_as_ensemble(model, weights, picture, kernel, scale, assume)
+    else:
+        restored = enlarge(model, weights, picture, scale, assume)
+    return back_project(restored, picture, kernel, scale, assume, options.back_projections).clamp(0, 1)
