@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from pipeline.track import app as track_app
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -18,6 +20,7 @@ app = typer.Typer(
 )
 registry_app = typer.Typer(no_args_is_help=True, help="Models in the MLflow registry: push, list, pull, alias.")
 app.add_typer(registry_app, name="registry")
+app.add_typer(track_app, name="track")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="Settings that replace those of the file.")
