@@ -32,17 +32,11 @@ def sync(
     from infra.tracking.sync import sync as send
 
     table = Table("spool", "run", "sent", "left", "refused", "problem")
-    failed = False
+    code = 0
     for row in send(folders, here=here, close=close):
-        failed = failed or row.left > 0
-        table.add_row(
-            str(row.spool),
-            row.run_id[:12],
-            str(row.sent),
-            str(row.left),
-            str(row.refused),
-            row.problem,
-            end_section=False,
-        )
-    Console(soft_wrap=True).print(table)
-    raise typer.Exit(1 if failed else 0)
+        code = code or int(row.left > 0)
+        table.add_row(str(row.spool), row.run_id, str(row.sent), str(row.left), str(row.refused), row.problem)
+    # Piped, a table is as wide as it has to be: a path that is cut cannot be used.
+    console = Console()
+    (console if console.is_terminal else Console(width=1000)).print(table)
+    raise typer.Exit(code)

@@ -1,0 +1,36 @@
+"""One MLflow server for all tests of a worker, and what they ask of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.tracking import TrackingConfig, connect
+from tests.support.mlflow_server import MlflowServer
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A server on SQLite. A test may kill or freeze it, and leaves it running."""
+    server = MlflowServer(tmp_path_factory.mktemp("server")).start()
+    yield server
+    server.kill()
+
+
+def points(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
+    """(step, value) of every point of a metric in order of its time, however often a step is there."""
+    history = connect(TrackingConfig(uri=uri)).get_metric_history(run_id, name)
+    return [(point.step, point.value) for point in sorted(history, key=lambda point: point.timestamp)]
+
+
+def only_run(uri: str, experiment: str) -> Any:
+    """The one run of an experiment; there must not be two."""
+    client = connect(TrackingConfig(uri=uri))
+    (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return run
+
+
+def everything_below(folder: Path) -> bytes:
+    """All that was written there."""
+    return b"\n".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
