@@ -1,5 +1,6 @@
 """A real ``mlflow server`` process for tests, which can be killed, frozen and started again on the same port."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -73,6 +74,8 @@ class MlflowServer:
 
     def _send(self, sign: signal.Signals) -> None:
         assert self._process is not None
-        with_children = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
-        for process in with_children:
-            process.send_signal(sign)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self._process.pid)
+            for each in (process, *process.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.send_signal(sign)
