@@ -1,11 +1,13 @@
-"""A server as a team has it: runs in PostgreSQL, artifacts straight to S3, which the server itself never touches."""
+"""A server as a team has it: users, runs in PostgreSQL, artifacts straight to S3, which the server never touches."""
 
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from infra.tracking import TrackingConfig, connect
 from tests.infra.tracking.conftest import everything_below, only_run, points
@@ -43,11 +45,23 @@ def test_runs_in_postgresql_with_artifacts_straight_to_s3(
 ) -> None:
     s3_server.take_over(monkeypatch)
     bucket = s3_server.new_bucket()
-    options = ("--default-artifact-root", f"s3://{bucket}/mlflow", "--no-serve-artifacts")
+    options = ["--default-artifact-root", f"s3://{bucket}/mlflow", "--no-serve-artifacts", "--app-name", "basic-auth"]
     (tmp_path / "server").mkdir()
-    server = MlflowServer(tmp_path / "server", postgres.uri, *options)
+    password = secrets.token_hex(12)
+    users = {
+        "MLFLOW_AUTH_CONFIG_PATH": str(tmp_path / "auth.ini"),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+    }
+    ours = (REPOSITORY / "infra/deploy/mlflow/auth.ini").read_text()
+    (tmp_path / "auth.ini").write_text(ours.replace("/var/lib/mlflow/", f"{tmp_path}/server/"))
+    server = MlflowServer(tmp_path / "server", postgres.uri, *options, environment=users)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     try:
         server.start()
+        with pytest.raises(MlflowException, match="not authenticated"):
+            connect(TrackingConfig(uri=server.uri)).search_experiments()
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(tmp_path / "run")],
             cwd=REPOSITORY,
@@ -71,4 +85,5 @@ def test_runs_in_postgresql_with_artifacts_straight_to_s3(
     (stored,) = (s3_server.root / bucket).rglob("weights.bin")
     assert stored.stat().st_size == 3_000_000
     written = everything_below(tmp_path)
-    assert postgres.password.encode() not in written and s3_server.secret.encode() not in written
+    for secret in (postgres.password, s3_server.secret, *users.values()):
+        assert secret == str(tmp_path / "auth.ini") or secret.encode() not in written
