@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Records of runs that a tracking server has not got yet.")
+app = typer.Typer(no_args_is_help=True)
 
 
-@app.callback()
+@app.callback()  # without it, a single command would have no name
 def _track() -> None:
-    """A command of its own name, however few there are."""
+    """Records of runs that a tracking server has not got yet."""
 
 
 @app.command(

@@ -171,7 +171,9 @@ class Courier:
     def _send(self, run_id: str, events: list[Event]) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        metrics, params, tags = [], {}, {}
+        metrics: list[Any] = []
+        params: dict[str, Any] = {}
+        tags: dict[str, Any] = {}
         for event in events:
             if event.kind == "metrics":
                 metrics += [

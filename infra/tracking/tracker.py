@@ -25,8 +25,8 @@ KEY_PREFIX = "ird-"
 
 _MAX_NAME, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000  # MLflow refuses longer ones
 _FIRST_TRY = 60.0  # seconds that a start waits for the first try to reach the server (a new database takes 20)
-_SILENCE = 30.0  # seconds without any delivery after which an end stops waiting, on a server that says nothing
-_REFUSED = 3.0  # the same, when tries fail
+_SILENCE = 30.0  # seconds without any delivery after which an end stops waiting
+_FAILURES = 3  # tries that fail while nothing is delivered, after which it stops sooner
 _LOOKS = 2.0  # seconds between two looks at the monitor
 _REVIVALS = 5
 
@@ -140,6 +140,8 @@ class Tracker:
                     f"{masked(tracking_uri(self._settings))}; `ird track sync {self._folder}` sends them",
                     flush=True,
                 )
+            if self._spool.refused.exists():
+                self._say(f"the server refuses what {self._spool.refused} names")
         except Exception as error:
             self._give_up(error)
         _ = self.run_id
@@ -197,15 +199,13 @@ class Tracker:
         return self._say_outage(Delivery(error="the server has not answered yet"))
 
     def _wait_for_end(self) -> bool:
-        before = self._spool.delivery()
+        last = self._spool.delivery()
         quiet_since = time.monotonic()
-        seen = (before.offset, len(before.artifacts))
         while not self._delivered():
             delivery = self._spool.delivery()
-            if (now := (delivery.offset, len(delivery.artifacts))) != seen:
-                quiet_since, seen = time.monotonic(), now
-            quiet = time.monotonic() - quiet_since
-            if quiet > _SILENCE or (quiet > _REFUSED and delivery.failures > before.failures):
+            if (delivery.offset, len(delivery.artifacts)) != (last.offset, len(last.artifacts)):
+                quiet_since, last = time.monotonic(), delivery
+            if time.monotonic() - quiet_since > _SILENCE or delivery.failures >= last.failures + _FAILURES:
                 return self._delivered()
             time.sleep(0.05)
         return True

@@ -1,5 +1,6 @@
 """One MLflow server for all tests of a worker, and what they ask of it."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 
 from infra.tracking import TrackingConfig, connect
+from infra.tracking.spool import spools_below
+from infra.tracking.sync import sync
 from tests.support.mlflow_server import MlflowServer
 
 
@@ -34,3 +37,14 @@ def only_run(uri: str, experiment: str) -> Any:
 def everything_below(folder: Path) -> bytes:
     """All that was written there."""
     return b"\n".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def settle(folder: Path) -> None:
+    """Come back when everything in the spools of a run has been delivered, however busy this machine is.
+
+    A run that ends does not wait for ever; what it leaves is sent by its monitor, and after that by ``ird track sync``.
+    """
+    deadline = time.monotonic() + 300
+    while any(spool.left() for spool in spools_below(folder)):
+        assert time.monotonic() < deadline, [spool.delivery() for spool in spools_below(folder)]
+        list(sync([folder]))

@@ -12,9 +12,8 @@ import psutil
 import pytest
 
 from infra.tracking import Tracker, TrackingConfig
-from infra.tracking.monitor import beats
 from infra.tracking.spool import Spool
-from tests.infra.tracking.conftest import only_run, points
+from tests.infra.tracking.conftest import only_run, points, settle
 from tests.support.dataset import REPOSITORY
 from tests.support.mlflow_server import MlflowServer
 
@@ -65,8 +64,7 @@ def test_frozen_then_killed_then_back(mlflow_server: MlflowServer, tmp_path: Pat
     finally:
         process.kill()
     assert process.returncode == 0, said
-    if "not delivered" in said:  # the machine was too busy for the patience of `finish`; its monitor goes on
-        wait_until(lambda: not beats(Spool(folder)))
+    settle(folder)
     assert_all_there(mlflow_server.uri, "outage", steps)
 
 
@@ -81,7 +79,7 @@ def test_away_from_the_start_to_the_end_and_sent_later(mlflow_server: MlflowServ
     assert process.returncode == 0
     assert said.count("the run goes on") == 1
     assert f"`ird track sync {folder}` sends them" in said
-    # Its monitor goes on for a minute, so that sync may have nothing left to do.
+    settle(folder)  # by its monitor, which goes on for a minute, or by sync
     ird = str(Path(sys.executable).with_name("ird"))
     sync = subprocess.run([ird, "track", "sync", str(tmp_path)], capture_output=True, text=True, timeout=240)
     assert sync.returncode == 0, sync.stdout + sync.stderr
@@ -101,7 +99,8 @@ def test_killed_at_any_moment_and_resumed_from_the_last_checkpoint(mlflow_server
             process.communicate()
     process = start_logger(folder, mlflow_server.uri, steps, 0.0)
     said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0 and "\ndelivered" in "\n" + said, said
+    assert process.returncode == 0, said
+    settle(folder)
     assert_all_there(mlflow_server.uri, "kills", steps)
     run = only_run(mlflow_server.uri, "kills")
     assert run.data.tags["ird.starts"] == "5"
@@ -133,7 +132,8 @@ def test_a_monitor_that_was_killed_is_replaced(mlflow_server: MlflowServer, tmp_
     monitor.kill()
     tracker.log_metrics({"loss": 1.0}, 1)
     wait_until(lambda: tracker.flush(1.0))
-    assert tracker.finish()
+    tracker.finish()
+    settle(folder)
     assert points(mlflow_server.uri, tracker.run_id, "loss") == [(1, 1.0)]
 
 

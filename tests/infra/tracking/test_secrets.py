@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from infra.tracking.client import masked
-from tests.infra.tracking.conftest import everything_below, only_run
+from tests.infra.tracking.conftest import everything_below, only_run, settle
 from tests.support.dataset import REPOSITORY
 from tests.support.mlflow_server import MlflowServer
 
@@ -60,6 +60,7 @@ def test_no_secret_anywhere(mlflow_server: MlflowServer, tmp_path: Path) -> None
     finally:
         process.kill()
     assert process.returncode == 0 and len(shown) == 3  # the program and its two monitors
+    settle(folder)
     sync = [str(Path(sys.executable).with_name("ird")), "track", "sync", str(folder)]
     synced = subprocess.run(sync, env=environment, capture_output=True, text=True, timeout=120)
     assert synced.returncode == 0, synced.stdout + synced.stderr

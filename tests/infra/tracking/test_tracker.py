@@ -30,6 +30,7 @@ def test_params_points_tags_and_artifacts_arrive(
         tracker.log_metrics({"loss": 1 / step, "overflow": float("inf"), "psnr/σ=25": 30.0}, step)
     (tmp_path / "note.txt").write_text("hello")
     tracker.log_artifact(tmp_path / "note.txt")
+    tracker.log_artifact(tmp_path / "never there")
     tracker.set_tags({"ird.stage": "test"})
     assert tracker.finish()
     client = connect(settings)
@@ -37,7 +38,9 @@ def test_params_points_tags_and_artifacts_arrive(
     assert run.data.params == {"model.dim": "12", "steps": "3"}
     assert [(m.step, m.value) for m in client.get_metric_history(tracker.run_id, "loss")] == [(1, 1.0), (2, 0.5)]
     assert run.data.metrics["psnr/__25"] == 30.0 and str(run.data.metrics["overflow"]) == "nan"
-    assert capsys.readouterr().out.count("overflow is inf at step 1; infinities are recorded as NaN") == 1
+    said = capsys.readouterr().out
+    assert said.count("overflow is inf at step 1; infinities are recorded as NaN") == 1
+    assert said.count("the server refuses what") == 1 and "never there" in Spool(tmp_path).refused.read_text()
     assert run.data.tags["ird.stage"] == "test" and run.info.status == "FINISHED"
     assert run.data.tags["ird.exit"] == "finished" and float(run.data.tags["ird.gpu_hours"]) > 0
     assert [a.path for a in client.list_artifacts(tracker.run_id)] == ["note.txt"]

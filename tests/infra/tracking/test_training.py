@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infra.tracking.monitor import beats
-from infra.tracking.spool import Spool
-from tests.infra.tracking.conftest import only_run, points
+from tests.infra.tracking.conftest import only_run, points, settle
 from tests.support.dataset import REPOSITORY
 from tests.support.mlflow_server import MlflowServer
 from training.checkpoint import load_checkpoint
@@ -64,11 +62,7 @@ def test_training_ends_with_the_same_weights_and_all_its_points(
         mlflow_server.kill()
         mlflow_server.start()
     assert "ird track sync" in (tmp_path / "log").read_text()
-    ird = str(Path(sys.executable).with_name("ird"))
-    while beats(Spool(out)):  # its monitor goes on for a minute
-        time.sleep(0.1)
-    sync = subprocess.run([ird, "track", "sync", str(out)], capture_output=True, text=True, timeout=240)
-    assert sync.returncode == 0, sync.stdout + sync.stderr
+    settle(out)
 
     plain, tracked = weights(tmp_path / "untracked"), weights(out)
     assert all(torch.equal(plain[name], tracked[name]) for name in plain)
