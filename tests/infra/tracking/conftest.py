@@ -1,5 +1,6 @@
 """One MLflow server for all tests of a worker, and what they ask of it."""
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,17 +22,30 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowSe
     server.kill()
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a courier in this process sets for its own requests is put back after each test."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+
+
 def points(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
     """(step, value) of every point of a metric in order of its time, however often a step is there."""
-    history = connect(TrackingConfig(uri=uri)).get_metric_history(run_id, name)
+    history = _patient_client(uri).get_metric_history(run_id, name)
     return [(point.step, point.value) for point in sorted(history, key=lambda point: point.timestamp)]
 
 
 def only_run(uri: str, experiment: str) -> Any:
     """The one run of an experiment; there must not be two."""
-    client = connect(TrackingConfig(uri=uri))
+    client = _patient_client(uri)
     (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
     return run
+
+
+def _patient_client(uri: str) -> Any:
+    os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
+    return connect(TrackingConfig(uri=uri))
 
 
 def everything_below(folder: Path) -> bytes:
