@@ -42,10 +42,10 @@ def start_monitor(spool: Spool, uri: str, interval: float = 0.0) -> None:
         interval: seconds between two samples of this host, for a spool of its metrics.
     """
     me = psutil.Process()
-    command = [sys.executable, "-c", _PROGRAM, str(spool.folder.parent), spool.name]
+    # -P: the working directory is nobody's place for modules.
+    command = [sys.executable, "-P", "-c", _PROGRAM, str(spool.folder.parent), spool.name]
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
-    # A variable of the launcher would have MLflow believe that it is on another rank, or on a GPU.
-    environment = {**os.environ, "PYTHONPATH": path, "MLFLOW_TRACKING_URI": uri, "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": path, "MLFLOW_TRACKING_URI": uri}
     process = subprocess.Popen(
         [*command, str(me.pid), repr(me.create_time()), str(interval)],
         env=environment,
@@ -54,7 +54,8 @@ def start_monitor(spool: Spool, uri: str, interval: float = 0.0) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    process.wait(30)  # its first act is to fork and leave
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a machine that is too busy even for that
+        process.wait(30)  # its first act is to fork and leave
 
 
 def main() -> None:
@@ -92,7 +93,7 @@ def watch(spool: Spool, uri: str, lives: Callable[[], bool]) -> None:
             if not over_since and (mine in sessions.ended or not lives()):
                 over_since, next_try = now, 0.0
                 if spool.name == MAIN and mine not in sessions.look().ended:
-                    end_as_crashed(spool, sessions)
+                    end_as_crashed(spool, mine, sessions.last_at)
             worked = False
             if now >= next_try:
                 failures = courier.delivery.failures
@@ -108,12 +109,12 @@ def watch(spool: Spool, uri: str, lives: Callable[[], bool]) -> None:
                 time.sleep(0.05 if over_since else _POLL)
 
 
-def end_as_crashed(spool: Spool, sessions: Sessions) -> None:
-    """Write the end of the latest session, whose process did not come to write it."""
-    body = {"session": sessions.latest, "status": "FAILED", "exit": "crashed: its process ended without a word"}
+def end_as_crashed(spool: Spool, session: str, last_at: int) -> None:
+    """Write the end of a session whose process did not come to write it, not before its last event."""
+    body = {"session": session, "status": "FAILED", "exit": "crashed: its process ended without a word"}
     descriptor = spool.open()
     try:
-        os.write(descriptor, line_of(max(sessions.last_at, time.time_ns() // 1_000_000), "end", body))
+        os.write(descriptor, line_of(max(last_at, time.time_ns() // 1_000_000), "end", body))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -108,8 +108,9 @@ class Spool:
             return Delivery()
 
     def note(self, delivery: Delivery) -> None:
-        """Write the note, whole or not at all."""
-        write_atomically(self._note, json.dumps(asdict(delivery)).encode())
+        """Write the note, whole or not at all; not where the run's folder was deleted meanwhile."""
+        if self.folder.exists():
+            write_atomically(self._note, json.dumps(asdict(delivery)).encode())
 
     def left(self) -> int:
         """How many events are still to be delivered. A metric, param or tag is an event of its own."""

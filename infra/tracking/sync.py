@@ -111,7 +111,7 @@ def _close_if_dead(spool: Spool, close: bool) -> None:
         except psutil.Error:
             dead = True
     if dead:
-        end_as_crashed(spool, sessions)
+        end_as_crashed(spool, sessions.latest, sessions.last_at)
 
 
 def _last_start(spool: Spool) -> Event:

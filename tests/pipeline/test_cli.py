@@ -22,6 +22,7 @@ COMMANDS = [
     "doctor",
     "registry push",
     "registry pull",
+    "track sync",
 ]
 
 
