@@ -92,11 +92,11 @@ class Courier:
         if not events:
             return False
         self.spool.sync()  # what the server has must not be lost here
-        run_id = self._run(events)
+        run_id = self._run()
         taken = list(_as_one_request(events, self._batch))
         last = taken[-1]
         if last.kind == "start":
-            self._begin(run_id, last)
+            self._begin(run_id)
         elif last.kind == "end":
             self._end(run_id, last)
         elif last.kind == "artifact":
@@ -108,15 +108,15 @@ class Courier:
         self._note("", offset=last.end)
         return True
 
-    def _run(self, events: list[Event]) -> str:
+    def _run(self) -> str:
         """The id of the run; it is looked for or made if this courier has not seen it yet."""
         if self.spool.name != MAIN:
             return self._run_of_host()
+        self.delivery.session = self._sessions.look().latest
         self._connect()
         if self._checked:
             return self.delivery.run_id
         start = next(event for event in self.spool.read() if event.kind == "start")
-        self.delivery.session = self._sessions.look().latest
         if not self.delivery.run_id:
             noted = _read_note(self.spool)
             self.delivery.run_id = noted if noted and self._exists(noted) else ""
@@ -150,10 +150,9 @@ class Courier:
         self._connect()
         return run_id
 
-    def _begin(self, run_id: str, start: Event) -> None:
+    def _begin(self, run_id: str) -> None:
         if self.spool.name != MAIN:
             return
-        self.delivery.session = start.body["session"]
         self._client.update_run(run_id, status="RUNNING")
         self._client.set_tag(run_id, "ird.exit", "running")
         self._client.set_tag(run_id, "ird.starts", str(sum(event.kind == "start" for event in self.spool.read())))

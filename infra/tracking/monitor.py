@@ -93,7 +93,7 @@ def watch(spool: Spool, uri: str, lives: Callable[[], bool]) -> None:
             if not over_since and (mine in sessions.ended or not lives()):
                 over_since, next_try = now, 0.0
                 if spool.name == MAIN and mine not in sessions.look().ended:
-                    end_as_crashed(spool, mine, sessions.last_at)
+                    end_as_crashed(spool, mine, max(sessions.last_at, time.time_ns() // 1_000_000))
             worked = False
             if now >= next_try:
                 failures = courier.delivery.failures
@@ -109,12 +109,12 @@ def watch(spool: Spool, uri: str, lives: Callable[[], bool]) -> None:
                 time.sleep(0.05 if over_since else _POLL)
 
 
-def end_as_crashed(spool: Spool, session: str, last_at: int) -> None:
-    """Write the end of a session whose process did not come to write it, not before its last event."""
+def end_as_crashed(spool: Spool, session: str, at: int) -> None:
+    """Write the end (ms since 1970) of a session whose process did not come to write it."""
     body = {"session": session, "status": "FAILED", "exit": "crashed: its process ended without a word"}
     descriptor = spool.open()
     try:
-        os.write(descriptor, line_of(max(last_at, time.time_ns() // 1_000_000), "end", body))
+        os.write(descriptor, line_of(at, "end", body))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

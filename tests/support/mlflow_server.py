@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.launcher import free_port
+from infra.launcher import end_with_parent, free_port
 
 
 class MlflowServer:
@@ -45,6 +45,7 @@ class MlflowServer:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=end_with_parent,
             )
         deadline = time.monotonic() + 240
         while True:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from infra.launcher import free_port
+from infra.launcher import end_with_parent, free_port
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServe
     initdb += [f"--pwfile={folder / 'password'}"]
     made = subprocess.run(initdb, cwd=folder, capture_output=True, text=True, timeout=300, **user)
     assert made.returncode == 0, made.stderr
+    dies_with_us: dict[str, Any] = {"preexec_fn": end_with_parent}
     command = [str(programs / "postgres"), "-D", data, "-p", str(server.port), "-k", str(folder), "-h", "127.0.0.1"]
-    process = subprocess.Popen([*command, "-F"], cwd=folder, stderr=subprocess.PIPE, text=True, **user)
+    process = subprocess.Popen([*command, "-F"], cwd=folder, stderr=subprocess.PIPE, text=True, **user, **dies_with_us)
     try:
         _wait(server, process)
         yield server

@@ -47,7 +47,8 @@ def test_all_runs_below_a_folder_are_sent_and_the_dead_marked(uri: str, tmp_path
         "FAILED",
         "RUNNING",
     ]
-    assert only_run(uri, "dead").data.tags["ird.exit"].startswith("crashed")
+    dead = only_run(uri, "dead")
+    assert dead.data.tags["ird.exit"].startswith("crashed") and dead.info.end_time == 1_001  # not the time of the sync
     again = {row.spool.parent.parent.name: row.sent for row in sync([tmp_path], close=True)}
     assert again == {"alive": 0, "dead": 0, "elsewhere": 1}
     assert only_run(uri, "elsewhere").info.status == "FAILED" and only_run(uri, "alive").info.status == "RUNNING"
