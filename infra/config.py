@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from infra.errors import Refusal
+from infra.errors import Refusal, without_password
 from infra.files import write_atomically
 
 
@@ -131,7 +131,7 @@ def _explain(schema: type[BaseModel], fault: Any, overrides: Sequence[str]) -> s
         return f"{where}: unknown key{hint or '.'} Allowed here: {', '.join(allowed)}"
     if fault["type"] == "missing":
         return f"{where}: required and not given"
-    return f"{where}: {fault['msg']}, got {fault['input']!r}"
+    return f"{where}: {fault['msg']}, got {without_password(repr(fault['input']))}"
 
 
 def _fields_at(schema: type[BaseModel], location: Sequence[str]) -> set[str]:

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Installs what the tests need beyond Python: a headless browser, and pdsh, sshd and ip for runs over several hosts.
+# Installs what the tests need beyond Python: a headless browser, a PostgreSQL server, and pdsh, sshd and ip for runs
+# over several hosts.
 # As root on a Debian-like machine it asks apt-get; elsewhere it says what is missing, and those tests skip.
 # Does nothing where every command is there. Always exits 0 for what is missing: a test that lacks a tool skips, and says so.
 set -euo pipefail
 
-# The sbin folders are often not on PATH, and sshd and ip live there.
-PATH="$PATH:/usr/sbin:/sbin"
+# The sbin folders are often not on PATH, and sshd and ip live there; Debian keeps PostgreSQL's servers elsewhere still.
+PATH="$PATH:/usr/sbin:/sbin$(printf ':%s' /usr/lib/postgresql/*/bin)"
 
 # command=Debian package
 tools=(
@@ -15,6 +16,7 @@ tools=(
     ssh=openssh-client
     ip=iproute2
     numactl=numactl
+    postgres=postgresql
 )
 
 missing=()

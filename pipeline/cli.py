@@ -11,6 +11,7 @@ import typer
 
 from pipeline.registry.commands import app as registry_app
 from pipeline.studies import app as study_app
+from pipeline.track import app as track_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(registry_app, name="registry")
 app.add_typer(study_app, name="study")
+app.add_typer(track_app, name="track")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="Settings that replace those of the file.")

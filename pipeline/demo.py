@@ -64,7 +64,7 @@ def run_demo(config: DemoConfig, say: Callable[[str], None]) -> Path:
     parent.log_params(config.model_dump(mode="json", exclude={"tracking"}))
     status = "FAILED"
     try:
-        records = run_stages(_stages(config, root, parent.run_id, say), root, say)
+        records = run_stages(_stages(config, root, parent.reference, say), root, say)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"

@@ -20,7 +20,7 @@ from tests.support.watchdog import Watchdog
 # A word in the reason of a skip, and what makes that test run.
 _REMEDIES = {
     "IRD_REAL_DATA": "IRD_REAL_DATA=/folder/of/benchmark/pictures make test",
-    "chromium pdsh sshd ssh numactl iproute2": "sudo bash infra/install_test_tools.sh (Debian or Ubuntu)",
+    "chromium pdsh sshd ssh numactl iproute2 postgresql": "sudo bash infra/install_test_tools.sh (Debian or Ubuntu)",
     "gpu cuda": "run on a machine with a GPU",
     "root": "sudo make test, best in a container",
 }

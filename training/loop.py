@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from infra.config import ConfigError, config_hash, dump_config
 from infra.files import write_atomically
 from infra.launcher import MARKER, PROGRESS, read_marker
 from infra.storage import Store, open_store
-from infra.tracking import Tracker
+from infra.tracking import HostMetrics, Tracker
 from training.agreement import from_main, state_from_main
 from training.checkpoint import CheckpointWriter, Keep, load_checkpoint
 from training.config import StageConfig
@@ -162,12 +164,14 @@ def run_stage(
                     run.checkpoint(done, plan.samples_before(done))
             if stopping:
                 run.writer.finish()
-                run.end("KILLED", f"stopped by a signal at step {done}, saved; run the same command to go on")
+                run.end(
+                    "KILLED", "preempted", f"stopped by a signal at step {done}, saved; run the same command to go on"
+                )
                 return PREEMPTED
         run.writer.finish()
         run.export()
-    except BaseException:
-        run.end("FAILED")
+    except BaseException as error:
+        run.end("FAILED", f"failed: {type(error).__name__}: {error}")
         raise
     return 0
 
@@ -215,23 +219,28 @@ class _Run:
         self._first_step, self._started = first_step, time.perf_counter()
         if ranks.is_main:
             self._out.mkdir(parents=True, exist_ok=True)
-        self._tracker = Tracker(config.tracking, self._stage, self._out, is_main=ranks.is_main)
+        gpus = ranks.world_size if ranks.device.type == "cuda" else 0
+        self._tracker = Tracker(config.tracking, self._stage, self._out, is_main=ranks.is_main, gpus=gpus)
+        if os.environ["LOCAL_RANK"] == "0":
+            HostMetrics(config.tracking, self._out)
+        hosts: list[Any] = [None] * ranks.world_size
+        dist.all_gather_object(hosts, platform.node())
         self._facts = {
             "stage": self._stage,
             "config": config.model_dump(mode="json"),
             "config_hash": config_hash(config),
             "code": code_version(),
-            "run_id": self._tracker.run_id,
             "dataset_id": self._dataset_id,
         }
         if not ranks.is_main:
             return
+        (self._out / MARKER).unlink(missing_ok=True)  # of a shorter run: it must not speak for this one
         size = f"{_size(self._state.engine.module)} on {ranks.world_size} rank(s)"
         self._say(f"resuming at step {first_step}" if first_step else size)
         dump_config(config, self._out / "config.yaml")
         self._tracker.log_params(config.model_dump(mode="json", exclude={"tracking"}))
         tags: dict[str, Any] = {name: self._facts[name] for name in ("stage", "dataset_id", "config_hash", "code")}
-        tags |= {"ranks": ranks.world_size, "host": platform.node()}
+        tags |= {"ranks": ranks.world_size, "hosts": ", ".join(sorted(set(hosts)))}
         self._tracker.set_tags({f"ird.{name}": value for name, value in tags.items()})
 
     def log(self, done: int, facts: Mapping[str, float]) -> None:
@@ -246,7 +255,6 @@ class _Run:
                 history.write(json.dumps({"step": done, **logged}) + "\n")
             with self.meter.part("tracking"):
                 self._tracker.log_metrics(logged, done)
-                self._tracker.flush()
 
     def validate(self, done: int, validator: Validator) -> None:
         """Measure on held-out pictures; keep the weights of each variant that is better than ever. A collective."""
@@ -274,7 +282,7 @@ class _Run:
         parts = self._state.capture()
         if self._ranks.is_main:
             loader = StreamState(self._dataset_id, self._config.seed, samples_consumed)
-            facts = {**self._facts, "loader": asdict(loader), "samples_lost": self._samples_lost}
+            facts = {**self._said(), "loader": asdict(loader), "samples_lost": self._samples_lost}
             self.writer.save(done, parts, facts)
 
     def export(self) -> None:
@@ -285,16 +293,16 @@ class _Run:
         self._export_to(export, {})
         self._tracker.log_artifact(self._out / "config.yaml")
         self._tracker.finish()
-        finished = {**self._facts, "step": self._config.steps, "export": str(export), "ranks": self._ranks.world_size}
+        finished = {**self._said(), "step": self._config.steps, "export": str(export), "ranks": self._ranks.world_size}
         finished |= {"samples_lost": self._samples_lost, "steps_skipped": self._state.guard.skipped}
         finished["device_hours"] = self._state.spent.device_hours
         write_atomically(self._out / MARKER, json.dumps(finished, indent=2).encode())
         self._say(f"finished after {self._config.steps} steps; weights in {export}")
 
-    def end(self, status: str, message: str = "") -> None:
+    def end(self, status: str, exit_state: str, message: str = "") -> None:
         """Close the record of a run that has not finished."""
         if self._ranks.is_main:
-            self._tracker.finish(status)
+            self._tracker.finish(status, exit_state)
             if message:
                 self._say(message)
 
@@ -305,8 +313,12 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             model = build_model(self._config.model)
         model.load_state_dict(weights)
-        origin = {name: self._facts[name] for name in ("stage", "code", "run_id", "dataset_id")}
+        origin = {name: self._said()[name] for name in ("stage", "code", "run_id", "dataset_id")}
         save_export(model, self._config.model, folder, {**origin, **self._export_facts, **facts})
+
+    def _said(self) -> dict[str, Any]:
+        """The facts, and the run's id by now: a tracking server that was away at the start gives it later."""
+        return {**self._facts, "run_id": self._tracker.run_id}
 
     def _say_scores(self, done: int, scores: Scores) -> None:
         for variant, tasks in scores.items():

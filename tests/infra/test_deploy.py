@@ -13,6 +13,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from mlflow import environment_variables as mlflow_variables
 from mlflow.cli import server as mlflow_server
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -73,13 +74,52 @@ def test_kubernetes_job_agrees_with_itself() -> None:
     assert (DEPLOY.parents[1] / environment["CONFIG"]).is_file()
 
 
-def test_mlflow_settings_are_ones_that_its_server_reads() -> None:
+# What the server reads beside its own options: its users, its jobs, its S3.
+MLFLOW_ENVIRONMENT = {name for name in vars(mlflow_variables) if name.startswith("MLFLOW_")}
+AWS_ENVIRONMENT = {"AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"}
+
+
+def assert_mlflow_takes(command: list[str], environment: set[str]) -> None:
+    options = {option for parameter in mlflow_server.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert command[:2] == ["mlflow", "server"] and {part for part in command if part.startswith("-")} <= options
+    of_options: set[Any] = {parameter.envvar for parameter in mlflow_server.params}
+    assert environment - AWS_ENVIRONMENT <= of_options | MLFLOW_ENVIRONMENT
+    # Users are asked for, foreign names refused, and no password stands where `ps` shows it.
+    assert command[command.index("--app-name") + 1] == "basic-auth" and "--disable-security-middleware" not in command
+    assert (
+        "MLFLOW_SERVER_ALLOWED_HOSTS" in environment and "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE" not in environment
+    )
+    assert "://" not in " ".join(command) and "MLFLOW_FLASK_SERVER_SECRET_KEY" in environment
+
+
+def test_mlflow_service_and_its_settings_are_what_the_server_takes() -> None:
     lines = (DEPLOY / "mlflow" / "mlflow.env").read_text().splitlines()
-    names = {line.split("=", 1)[0].removeprefix("#") for line in lines if "=" in line}
-    known: set[Any] = {parameter.envvar for parameter in mlflow_server.params}
-    others = {"MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
-    assert names - others - {"AWS_DEFAULT_REGION"} <= known
-    assert "PASSWORD" not in (DEPLOY / "mlflow" / "mlflow.service").read_text()
+    names = {line.split("=", 1)[0].removeprefix("#") for line in lines if "=" in line and not line.startswith("# ")}
+    unit = (DEPLOY / "mlflow" / "mlflow.service").read_text()
+    (start,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
+    assert_mlflow_takes(["mlflow", *start.split()[1:]], names)
+    assert "PASSWORD" not in unit and "pg_dump" in unit
+
+
+def test_mlflow_compose_file_agrees_with_itself_and_with_the_lock() -> None:
+    compose = yaml.safe_load((DEPLOY / "mlflow" / "compose.yaml").read_text())
+    services = compose["services"]
+    server = services["mlflow"]
+    assert_mlflow_takes(server["command"], set(server["environment"]))
+    assert set(server["depends_on"]) <= set(services)
+    named = {volume.split(":")[0] for service in services.values() for volume in service["volumes"]}
+    assert {name for name in named if not name.startswith("./")} == set(compose["volumes"])
+    assert all((DEPLOY / "mlflow" / name).is_file() for name in named if name.startswith("./"))
+    locked = (DEPLOY.parents[1] / "requirements.lock").read_text().splitlines()
+    (install,) = [line for line in server["build"]["dockerfile_inline"].splitlines() if "pip install" in line]
+    pins = [part for part in install.split() if "==" in part]
+    assert {pin.split("==")[0] for pin in pins} == {"mlflow", "psycopg2-binary", "boto3", "flask-wtf"}
+    assert set(pins) <= set(locked)
+    # Passwords come from outside, and one that is not given stops it before anything starts.
+    for service in services.values():
+        for name, value in service["environment"].items():
+            if any(word in name for word in ("PASSWORD", "SECRET", "KEY", "URI")):
+                assert "${" in value and value.count("${") == value.count(":?}"), name
 
 
 def test_systemd_unit_has_no_unknown_key(tmp_path: Path) -> None:

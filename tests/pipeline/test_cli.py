@@ -32,6 +32,8 @@ COMMANDS = [
     "registry alias",
     "registry promote",
     "registry rollback",
+    "study co-pretraining",
+    "track sync",
 ]
 
 

@@ -183,7 +183,8 @@ def test_what_is_not_there_is_named_beside_what_is(
 
 def test_a_server_that_is_away_is_said_without_its_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    away = TrackingConfig(uri=f"http://someone:secret@127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:secret@127.0.0.1:{free_port()}")
+    away = TrackingConfig()
     with pytest.raises(RegistryError, match=r"does not answer.*MLFLOW_TRACKING_URI") as caught:
         pull("models:/tiny@demo", tmp_path, away)
     assert "secret" not in str(caught.value)
