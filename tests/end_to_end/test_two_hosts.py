@@ -42,7 +42,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def wait_until(done: Callable[[], object], log: Path, seconds: float = 240) -> None:
+def wait_until(done: Callable[[], object], log: Path, seconds: float = 400) -> None:
     """Wait for something that is bound to happen; the bound only keeps a broken run from hanging."""
     deadline = time.monotonic() + seconds
     while not done():
