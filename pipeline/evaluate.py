@@ -182,12 +182,11 @@ def _zero_shot(model: LoadedModel, benchmark: Benchmark, options: EvaluateOption
     if adapts and trained["scale"] != condition.scale:
         raise ConfigError(f"{options.model}: was trained for x{trained['scale']}, --scale is {condition.scale}")
     assume = options.assume
+    kernel: torch.Tensor | None = None
     if assume == "given":
         # A picture that bicubic shrank has no blur before that: the identity says so.
         kernel = kernel_named(condition.kernel).float() if condition.kernel else torch.ones(1, 1)
         assume = ""
-    else:
-        kernel = None
     settings = ZeroShotOptions(
         scale=condition.scale,
         steps=max(options.steps, 1),

@@ -62,8 +62,11 @@ def crops_of(task: str, name: str, before: np.ndarray, restored: np.ndarray, cle
         i, j = np.unravel_index(int(np.argmax(measure)), measure.shape)
         top, left = int(tops[i]), int(lefts[j])
         part = (slice(top, top + height), slice(left, left + width))
-        pictures = (np.ascontiguousarray(picture[part]) for picture in (before, restored, clean))
-        found.append(Crop(task, name, top, left, *pictures, float(made[i, j]), float(gains[i, j])))
+        given_here, made_here, clean_here = (
+            np.ascontiguousarray(picture[part]) for picture in (before, restored, clean)
+        )
+        error, gain = float(made[i, j]), float(gains[i, j])
+        found.append(Crop(task, name, top, left, given_here, made_here, clean_here, error, gain))
     return found
 
 
