@@ -52,7 +52,12 @@ class Stage(Config):
 
 def built(config: ModelConfig) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(config)
+    model = build_model(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.startswith("gains."):
+                p += 0.3 * torch.randn_like(p)  # as they are made, at 1, they would hide a mistake
+    return model
 
 
 def depths_of(config: ModelConfig) -> tuple[str | list[int], ...]:

@@ -71,7 +71,9 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def _backward(function: Callable[..., Any]) -> Any:
