@@ -33,10 +33,10 @@ def check_start(config: StageConfig) -> None:
     if found.name != config.model.name:
         raise ConfigError(f"init_from={config.init_from}: {_another_architecture(found.name, config.model)}")
     differing = _differences(found, config.model)
-    if differing == ["scale"]:
+    if isinstance(found, EDSRConfig) and isinstance(config.model, EDSRConfig) and differing == ["scale"]:
         raise ConfigError(
-            f"init_from={config.init_from}: is x{found.scale}, this stage trains "
-            f"x{config.model.scale}; write init_scale_from instead, which takes over all but the upsampler"
+            f"init_from={config.init_from}: is x{found.scale}, this stage trains x{config.model.scale}; "
+            "write init_scale_from instead, which takes over all but the upsampler"
         )
     if differing:
         raise ConfigError(
