@@ -32,6 +32,8 @@ class CotrainingConfig(Config):
     ``random_depth``: one depth a step, drawn likewise: the first variant, the last one, or, in every other step, a
     vector with each level anywhere between the two.
     ``separate``: only ``variants``[0], the twin that co-training is measured against.
+
+    ``alternate`` and ``random_depth`` were best at equal compute, in short runs (docs/results.md).
     """
 
     mode: Literal["alternate", "sandwich", "distill", "random_depth", "separate"] = "alternate"
