@@ -29,7 +29,11 @@ _REMEDIES = {
 # The longest files, by measured CPU time, the longest first.
 _LONGEST = (
     "end_to_end/test_demo.py",
+    "end_to_end/test_two_hosts.py",
     "training/test_loop.py",
+    "infra/tracking/test_training.py",
+    "infra/tracking/test_outage.py",
+    "pipeline/registry/test_packaging.py",
     "datagen/scan/test_faults.py",
     "datagen/test_kills.py",
     "infra/test_extensions.py",
