@@ -179,7 +179,9 @@ def run_stage(
 def _start_from(model: torch.nn.Module, export: str) -> None:
     if export:
         start, _, _ = load_export(Path(export))
-        model.load_state_dict(start.state_dict())
+        # Gains that the export has not got stay what they are at first, 1: the network is then the export's.
+        gains = {name: weight for name, weight in model.state_dict().items() if name.startswith("gains.")}
+        model.load_state_dict(gains | start.state_dict())
 
 
 def _last_checkpoint(store: Store, config: StageConfig, found: list[dict[str, Any]]) -> dict[str, Any] | None:
