@@ -136,10 +136,14 @@ def main() -> None:
     best, best_two = (min(runs, key=lambda run: run["seconds"]) for runs in (one, two))
     waits = best["data_wait_ms"] / best["step_ms"]
     loop_alone = best["seconds"] * (1 - waits)
+    beside = loop(arguments, 1, "data.workers=1")
     paused, written = checkpoint_pause(arguments.dim)
     print(f"bare step, dim {size[0]}, {size[2]} patches of {size[1]}: {min(alone):.3f} s")
     print(f"loop over the bare step, without data: {loop_alone / min(alone) - 1:+.1%}")
-    print(f"data wait, loader in the rank itself: {waits:.1%} of a step")
+    waits_beside = beside["data_wait_ms"] / beside["step_ms"]
+    print(
+        f"data wait: {waits_beside:.1%} of a step with a loader process, {waits:.1%} with the loader in the rank itself"
+    )
     print(f"two ranks, loop over bare DistributedDataParallel: {best_two['seconds'] / min(two_bare) - 1:+.1%}")
     print(
         f"two ranks over one, CPU time of a rank's step: bare x{min(two_bare) / min(alone):.2f}, "
