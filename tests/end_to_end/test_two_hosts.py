@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from infra.launcher import LOST, run_deepspeed, session_processes
+from infra.storage import open_store
 from tests.support.dataset import REPOSITORY
 from tests.support.hosts import INTERFACE, TwoHosts, two_hosts  # noqa: F401  (a fixture)
 from training.checkpoint import load_checkpoint
@@ -31,7 +32,7 @@ def stage(dataset: Path, out: Path) -> list[str]:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    saved = load_checkpoint(out / "checkpoints")
+    saved = load_checkpoint(open_store(out / "checkpoints"))
     assert saved is not None and saved[1]["step"] == 12
     return saved[0]["model"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from infra.storage import open_store
 from tests.infra.tracking.conftest import only_run, points, settle
 from tests.support.dataset import REPOSITORY
 from tests.support.mlflow_server import MlflowServer
@@ -26,7 +27,7 @@ def command(dataset: Path, out: Path, *more: str) -> list[str]:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    saved = load_checkpoint(out / "checkpoints")
+    saved = load_checkpoint(open_store(out / "checkpoints"))
     assert saved is not None
     return saved[0]["model"]
 
