@@ -168,7 +168,7 @@ def _run(run_id: str, settings: TrackingConfig) -> dict[str, Any]:
         "run_id": run_id,
         "name": run.info.run_name,
         "status": run.info.status,
-        "host": tags.get("ird.host"),
+        "host": tags.get("ird.hosts"),
         "config_hash": tags.get("ird.config_hash"),
         "out": params.get("out"),
         "init_from": params.get("init_from"),

@@ -96,7 +96,7 @@ def find_export(source: str, settings: TrackingConfig) -> Path:
             run = if_there(lambda: client.get_run(source))
         if run is None:
             raise RegistryError(f"no run {source} at {where_is(settings)}; MLFLOW_TRACKING_URI chooses another server")
-        out, host = run.data.params.get("out"), run.data.tags.get("ird.host", "another host")
+        out, host = run.data.params.get("out"), run.data.tags.get("ird.hosts", "another host")
         if out is None or not (Path(out) / "export" / CONFIG).is_file():
             raise ExportError(
                 f"run {source} wrote to {out or 'no folder that it names'} on {host}, and no export lies there; "

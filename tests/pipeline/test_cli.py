@@ -51,7 +51,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     ("arguments", "expected"),
     [
         (["demo", "rankz=3"], "did you mean 'ranks'"),
-        (["train", "pretrian", "--config", "x.yaml"], "one of pretrain, finetune, edsr, mzsr"),
+        (["train", "pretrian", "--config", "x.yaml"], "one of pretrain, finetune, edsr, mdsr, mzsr"),
         (
             ["train", "edsr", "--config", "configs/training/edsr_dem.yaml"],
             "configs/training/edsr_demo.yaml?",

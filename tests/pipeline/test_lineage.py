@@ -33,7 +33,7 @@ def traced(settings: TrackingConfig, small_dataset: Path, tmp_path_factory: pyte
         client.log_param(run_id, "data.dataset", str(small_dataset))
         if stage == "finetune":
             client.log_param(run_id, "init_from", str(root / "pretrain" / "export"))
-        save_checkpoint(root / stage / "checkpoints", 9, {"a": 1}, {"run_id": run_id}, keep=1)
+        save_checkpoint(open_store(root / stage / "checkpoints"), 9, {"a": 1}, {"run_id": run_id})
         origin = {"stage": stage, "code": "c1", "run_id": run_id, "dataset_id": identity}
         save_export(build_model(config), config, root / stage / "export", origin)
     push(root / "finetune" / "export", "traced", alias="champion", settings=settings)

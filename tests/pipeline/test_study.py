@@ -27,8 +27,9 @@ def cost(base: PretrainConfig, mode: str, **more: object) -> float:
 
 def test_a_step_costs_what_its_variants_cost(base: PretrainConfig) -> None:
     small, large = (cost(base, "separate", variants=(variant,)) for variant in ("small", "large"))
-    counted = count_cost(base.model, "large", 16, 16)
-    assert large == pytest.approx(3 * 2 * counted.macs, rel=0.1)  # the network runs rearranged, the count is published
+    # The network runs rearranged and with aligned widths, so only the ratio is that of the published count.
+    published = [count_cost(base.model, variant, 16, 16).macs for variant in ("small", "large")]
+    assert small / large == pytest.approx(published[0] / published[1], rel=0.05)
     assert cost(base, "alternate") == pytest.approx((small + large) / 2, rel=0.02)
     assert cost(base, "random_depth") == pytest.approx((small + large) / 2, rel=0.05)
     both = cost(base, "sandwich")

@@ -68,8 +68,10 @@ def test_the_lr_patch_has_one_side_at_every_scale() -> None:
     config = load_config(MDSRStageConfig, CONFIG, SMALL)
     sides: dict[int, set[int]] = {2: set(), 3: set(), 4: set()}
 
-    class Engine:
-        basic_optimizer = SimpleNamespace(register_step_pre_hook=lambda hook: None)
+    class Network:
+        engine = SimpleNamespace(
+            zero_optimization_stage=lambda: 0, optimizer=torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
+        )
 
         def __call__(self, low: torch.Tensor, variant: str) -> torch.Tensor:
             scale = int(variant[1:])
@@ -78,7 +80,7 @@ def test_the_lr_patch_has_one_side_at_every_scale() -> None:
 
     objective = mdsr_objective(config)
     for step in range(12):
-        loss, metrics = objective(Engine(), {"clean": torch.rand(2, 3, 24, 24)}, step)
+        loss, metrics = objective(Network(), {"clean": torch.rand(2, 3, 24, 24)}, step)
         assert set(metrics) == {"loss", f"loss_x{scale_of_step((2, 3, 4), config.seed, step)}"}
         assert 0 < float(loss.detach()) < 0.5
     assert sides == {2: {6}, 3: {6}, 4: {6}}

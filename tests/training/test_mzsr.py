@@ -60,7 +60,7 @@ def meta_gradient(
     model = build_model(config.model).double()
     clean = texture(4, 16).double()
     objective = meta_objective(config)
-    loss, metrics = objective(SimpleNamespace(module=model, global_rank=0), {"clean": clean}, 3)
+    loss, metrics = objective(SimpleNamespace(module=model, rank=0), {"clean": clean}, 3)
     loss.backward()
     assert metrics.keys() == {"loss", "loss_before", "loss_adapted"}
     return loss.detach(), model, config, clean

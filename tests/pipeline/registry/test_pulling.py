@@ -119,11 +119,12 @@ def healthy(port: int) -> bool:
 
 
 def test_with_the_server_away_a_restore_uses_what_was_pulled_and_says_so(
-    server: tuple[str, subprocess.Popen[bytes]], tmp_path: Path
+    server: tuple[str, subprocess.Popen[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri, process = server
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     Image.fromarray(data.astronaut()[:40, 200:248]).save(tmp_path / "in.png")
-    settings = TrackingConfig(uri=uri)
+    settings = TrackingConfig()
     variables = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "MLFLOW_TRACKING_URI": uri}
     # The folder that `ird restore` keeps models of this server in.
     cache = tmp_path / "cache" / "ird" / "models" / default_cache(settings).name

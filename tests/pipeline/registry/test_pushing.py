@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra.files import sha256_of_file
+from infra.storage import open_store
 from infra.tracking import TrackingConfig, connect
 from pipeline.inference import export_sha256
 from pipeline.registry.packaging import EXPORT, FILES
@@ -79,7 +80,7 @@ def test_a_run_folder_brings_its_checkpoint_and_an_evaluation_its_figures(
 ) -> None:
     network, config, metadata = load_export(export)
     save_export(network, config, tmp_path / "run" / "export", metadata)
-    save_checkpoint(tmp_path / "run" / "checkpoints", 7, {"a": 1}, {"run_id": run_id}, keep=1)
+    save_checkpoint(open_store(tmp_path / "run" / "checkpoints"), 7, {"a": 1}, {"run_id": run_id})
     (tmp_path / "results.json").write_text(json.dumps({"means": MEANS}))
     assert figures_of(tmp_path / "results.json", "edsr") == {
         "psnr.sr_x2.default": "30.0000",

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional
 
 from datagen.degradations import load_recipe
 from training.corruption import degrade_by_recipe
 from training.entry import run_from_command_line
+from training.learner import Learner
 from training.loop import run_stage
 from training.pretrain import PretrainConfig
 
@@ -20,13 +22,13 @@ from training.pretrain import PretrainConfig
 def train_and_tell(config: PretrainConfig) -> int:
     """Append a line per step to ``out/read-<pid>.jsonl``: step, rank, ranks, keys, sha256 of each degraded patch."""
 
-    def objective(engine: Any, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def objective(learner: Learner, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         patches = [hashlib.sha256(patch.numpy().tobytes()).hexdigest() for patch in batch["degraded"]]
-        read = {"step": step, "rank": engine.global_rank, "ranks": engine.world_size}
+        read = {"step": step, "rank": learner.rank, "ranks": dist.get_world_size()}
         read |= {"keys": [meta["key"] for meta in batch["meta"]], "patches": patches}
         with open(Path(config.out) / f"read-{os.getpid()}.jsonl", "a") as file:
             file.write(json.dumps(read) + "\n")
-        loss = functional.l1_loss(engine(batch["degraded"], variant="small"), batch["clean"])
+        loss = functional.l1_loss(learner(batch["degraded"], variant="small"), batch["clean"])
         return loss, {"loss": loss.detach()}
 
     return run_stage("reading", config, objective, partial(degrade_by_recipe, load_recipe(config.recipe)))
