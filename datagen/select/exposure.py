@@ -40,9 +40,8 @@ def exposed(store: Store, pictures: Mapping[str, bytes], select: SelectConfig) -
     rows = np.flatnonzero(pc.is_in(corpus.column("source"), packed).to_numpy(zero_copy_only=False))
     held = corpus.take(pa.array(rows))
     limits = ScanConfig()
-    measured = [measure_picture(data, limits) for data in pictures.values()]
+    measured = {name: measure_picture(data, limits) for name, data in pictures.items()}
     schema = pa.schema([INVENTORY_SCHEMA.field(name) for name in _GUARD])
-    guard = pa.Table.from_pylist([{name: row.get(name) for name in _GUARD} for row in measured], schema)
 
     def thumbnails(indices: np.ndarray) -> list[bytes | None]:
         return read_rows(store, ["thumbnail"], rows[indices]).column("thumbnail").to_pylist()
@@ -50,6 +49,15 @@ def exposed(store: Store, pictures: Mapping[str, bytes], select: SelectConfig) -
     upright = held.column("phash").combine_chunks().flatten().to_numpy().reshape(len(rows), -1)[:, 0]
     # No hash of a picture has all its bits set, so this one is near none.
     centres = pc.fill_null(held.column("center_phash"), 2**64 - 1).to_numpy()
-    found = find_leaks(np.ascontiguousarray(upright), centres, thumbnails, guard, select)
-    names, sources = list(pictures), held.column("source").to_pylist()
-    return sorted(Exposure(names[m.guard], sources[m.row], m.how, m.correlation) for m in found)
+    sources = held.column("source").to_pylist()
+    found: list[Exposure] = []
+    names = list(pictures)
+    while names:  # a picture of the dataset is matched with one of them; others that it shows come in the next round
+        guard = pa.Table.from_pylist([{key: measured[name].get(key) for key in _GUARD} for name in names], schema)
+        matches = find_leaks(np.ascontiguousarray(upright), centres, thumbnails, guard, select)
+        if not matches:
+            break
+        found += [Exposure(names[match.guard], sources[match.row], match.how, match.correlation) for match in matches]
+        matched = {match.guard for match in matches}
+        names = [name for number, name in enumerate(names) if number not in matched]
+    return sorted(found)
