@@ -143,7 +143,7 @@ def run_stage(
                 guard.look_at("+".join(metrics), loss)
                 with meter.part("backward"):
                     engine.backward(loss)
-                with meter.part("step"):
+                with meter.part("optimizer"):
                     engine.step()
                 meter.add(metrics)
             if average is not None:

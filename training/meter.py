@@ -13,7 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-PARTS = ("data_wait", "forward", "backward", "step", "tracking")
+PARTS = ("data_wait", "forward", "backward", "optimizer", "tracking")
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Meter:
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Times one of ``PARTS``: on the device what it computes, on the host what it waits for."""
-        if self._cuda and name in ("forward", "backward", "step"):
+        if self._cuda and name in ("forward", "backward", "optimizer"):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             yield
