@@ -64,7 +64,8 @@ def run_stage(
     seeded by step and rank. A killed run that is started again therefore reaches the same weights, bit for bit, at
     the same world size; at another one, or with another ``zero_stage`` or ``accumulate``, up to rounding.
 
-    Only rank 0 reads and writes ``out``, its checkpoints and ``init_from``: nodes need to share the dataset alone.
+    Only rank 0 reads and writes ``out``, its checkpoints and ``init_from``: nodes need to share the dataset alone, and
+    the pictures of ``config.validation``.
 
     Args:
         export_facts: what users of the export must know beyond its model's config.
@@ -118,7 +119,7 @@ def run_stage(
     )
     lost = LostSamples(out, ranks.rank, manifest["samples_lost"] if manifest else 0)
     run = _Run(stage, config, ranks, state, reader.dataset_id, lost, store, dict(export_facts or {}))
-    run.begin(first_step, validator)
+    run.begin(first_step)
     take = handover(device, corrupt=corrupt, seed=config.seed, channels_last=data.channels_last)
     learner = Learner(engine, average, config.precision == "bf16")
     stop = StopRequest(device)
@@ -215,7 +216,7 @@ class _Run:
         self.meter = Meter(ranks.device, state.spent)
         self.writer = CheckpointWriter(store, Keep(config.keep_checkpoints, config.keep_every))
 
-    def begin(self, first_step: int, validator: Validator | None) -> None:
+    def begin(self, first_step: int) -> None:
         """Open the run's folder and its record."""
         config, ranks = self._config, self._ranks
         self._first_step, self._started = first_step, time.perf_counter()

@@ -24,6 +24,7 @@ class LostSamples:
         """Take in what one batch of this rank has lost."""
         if lost:
             self._here += len(lost)
+            self._path.parent.mkdir(parents=True, exist_ok=True)  # on a node that does not share ``out``
             with open(self._path, "a") as file:
                 file.writelines(json.dumps(one) + "\n" for one in lost)
 
