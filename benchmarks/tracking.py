@@ -29,18 +29,14 @@ def main() -> None:
         database = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
         tracker = Tracker(database, "bench", folder / "answers")
         _times("log_metrics, SQLite", given.steps, lambda step: tracker.log_metrics(values, step))
-        began = time.perf_counter()
-        delivered = tracker.finish()
-        print(f"finish: {time.perf_counter() - began:.1f} s, all delivered: {delivered}", flush=True)
+        _finish(tracker)
 
         silent.bind(("127.0.0.1", 0))
         silent.listen(16)  # connections are taken, and nobody ever answers: a frozen server
         frozen = TrackingConfig(uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
         tracker = Tracker(frozen, "bench", folder / "frozen")
         _times("log_metrics, frozen server", given.steps, lambda step: tracker.log_metrics(values, step))
-        began = time.perf_counter()
-        delivered = tracker.finish()
-        print(f"finish: {time.perf_counter() - began:.1f} s, all delivered: {delivered}", flush=True)
+        _finish(tracker)
 
         from mlflow.entities import Metric
 
@@ -52,6 +48,12 @@ def main() -> None:
             min(given.steps, 200),
             lambda step: client.log_batch(run_id, [Metric(key, value, now, step) for key, value in values.items()]),
         )
+
+
+def _finish(tracker: Tracker) -> None:
+    began = time.perf_counter()
+    delivered = tracker.finish()
+    print(f"finish: {time.perf_counter() - began:.1f} s, all delivered: {delivered}", flush=True)
 
 
 def _times(what: str, steps: int, call: Callable[[int], None]) -> None:
