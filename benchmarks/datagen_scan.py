@@ -1,18 +1,24 @@
 """What the scan costs a picture, in ratios: to the bare decode, to a naive pass, and to a download tool's resize path.
 
-    python benchmarks/datagen_scan.py [--folder PHOTOGRAPHS] [--pictures 4] [--repeats 7]
+    python benchmarks/datagen_scan.py [--folder PHOTOGRAPHS] [--pictures 4] [--repeats 7] [--img2dataset PYTHON]
 
 Photographs (by default the embedded corpus) are cut up and laid out as 3-megapixel pictures, 2000x1500, JPEG of quality
 95 with 4:2:0 chroma. Everything runs in this process on one thread. Times are process CPU time, so that other work on
 the machine counts little; what is compared is measured in turns, and ratios are taken turn by turn.
+
+img2dataset needs an older OpenCV than ours, so it stands beside: PYTHON is the interpreter of an environment that holds
+it (python -m venv D && D/bin/pip install img2dataset) and resizes the same files in its turn.
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -30,6 +36,7 @@ from datagen.source.embedded import corpus_files
 
 WIDTH, HEIGHT, TILE, QUALITY = 2000, 1500, 250, 95
 LIMITS = ScanConfig()
+RESIZER = "img2dataset's Resizer"
 
 
 def main() -> None:
@@ -37,6 +44,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="photographs of at least 250 pixels a side")
     parser.add_argument("--pictures", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--img2dataset", metavar="PYTHON", help="of an environment that holds it")
     options = parser.parse_args()
     cv2.setNumThreads(1)
     files = mosaics(tiles(options.folder), options.pictures)
@@ -45,8 +53,11 @@ def main() -> None:
     verdicts = {measure_picture(data, LIMITS)["verdict"] for data in files}
     if verdicts != {"measured"}:
         raise SystemExit(f"the scan refuses some of them: {verdicts}")
-    times = cpu_times(stages() | passes(), files, options.repeats)
-    report(times)
+    with contextlib.ExitStack() as stack:
+        peers = {}
+        if options.img2dataset:
+            peers[RESIZER] = stack.enter_context(img2dataset(options.img2dataset, files))
+        report(cpu_times(stages() | passes(), files, options.repeats, peers))
 
 
 def tiles(folder: Path | None) -> list[np.ndarray]:
@@ -137,8 +148,41 @@ def naive(data: bytes) -> tuple:
     return sharpness, flat, found, hashlib.sha256(data).hexdigest()
 
 
+_IMG2DATASET = """
+import io, pathlib, sys, time
+from img2dataset.resizer import Resizer
+files = [path.read_bytes() for path in sorted(pathlib.Path(sys.argv[1]).iterdir())]
+resizer = Resizer(image_size=256, resize_mode="keep_ratio_largest", resize_only_if_bigger=True)
+for _ in sys.stdin:
+    start = time.process_time()
+    faults = [resizer(io.BytesIO(data))[-1] for data in files]
+    seconds = time.process_time() - start
+    assert not any(faults), faults
+    print(seconds, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def img2dataset(python: str, files: list[bytes]) -> Iterator[Callable[[], float]]:
+    """CPU seconds that the package's own Resizer (256, longer side, area, JPEG 95) takes for all files, each call."""
+    with tempfile.TemporaryDirectory(prefix="ird-benchmark-") as folder:
+        for number, data in enumerate(files):
+            Path(folder, f"{number:04d}.jpg").write_bytes(data)
+        command = [python, "-W", "ignore", "-c", _IMG2DATASET, folder]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdin and child.stdout
+            asked, answers = child.stdin, child.stdout
+
+            def seconds() -> float:
+                print(file=asked, flush=True)
+                return float(answers.readline())
+
+            yield seconds
+            asked.close()
+
+
 def resize_path(data: bytes) -> bytes:
-    """What img2dataset does to every picture, and no more: decode, shrink the longer side to 256 by area, encode."""
+    """What img2dataset does to every picture, here with our OpenCV: decode, longer side to 256 by area, encode."""
     picture = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))
     scale = 256 / max(picture.shape[:2])
     size = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
@@ -146,9 +190,14 @@ def resize_path(data: bytes) -> bytes:
     return cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
 
 
-def cpu_times(work: dict[str, Callable[[bytes], object]], files: list[bytes], repeats: int) -> dict[str, list[float]]:
-    """CPU seconds a picture, one figure a turn."""
-    times: dict[str, list[float]] = {name: [] for name in work}
+def cpu_times(
+    work: dict[str, Callable[[bytes], object]],
+    files: list[bytes],
+    repeats: int,
+    peers: dict[str, Callable[[], float]],
+) -> dict[str, list[float]]:
+    """CPU seconds a picture, one figure a turn; ``peers`` count those of all files themselves."""
+    times: dict[str, list[float]] = {name: [] for name in [*work, *peers]}
     for turn in range(-1, repeats):
         for name, function in work.items():
             start = time.process_time()
@@ -157,6 +206,10 @@ def cpu_times(work: dict[str, Callable[[bytes], object]], files: list[bytes], re
             # The first turn warms caches up.
             if turn >= 0:
                 times[name].append((time.process_time() - start) / len(files))
+        for name, seconds in peers.items():
+            spent = seconds() / len(files)
+            if turn >= 0:
+                times[name].append(spent)
     return times
 
 
@@ -166,22 +219,25 @@ def report(times: dict[str, list[float]]) -> None:
     for name, seconds in times.items():
         low, middle, high = (f(seconds) * 1e3 for f in (min, statistics.median, max))
         print(f"{name:32}{middle:8.2f}{low:8.2f}{high:8.2f}{megapixels / middle * 1e3:14.1f}")
-    print(f"\n{'ratio':46}{'median':>8}{'least':>8}{'most':>8}")
+    print(f"\n{'ratio':52}{'median':>8}{'least':>8}{'most':>8}")
     for name, above, below in (
         ("full pass / bare decode", "full pass", "bare decode"),
         ("naive pass / full pass", "naive pass", "full pass"),
-        ("img2dataset's resize path / full pass", "resize path", "full pass"),
+        ("img2dataset's resize path, our OpenCV / full pass", "resize path", "full pass"),
+        (f"{RESIZER} / full pass", RESIZER, "full pass"),
+        (f"{RESIZER} / bare decode", RESIZER, "bare decode"),
     ):
+        if above not in times:
+            continue
         ratios = [a / b for a, b in zip(times[above], times[below])]
-        print(f"{name:46}{statistics.median(ratios):8.2f}{min(ratios):8.2f}{max(ratios):8.2f}")
+        print(f"{name:52}{statistics.median(ratios):8.2f}{min(ratios):8.2f}{max(ratios):8.2f}")
     extra = zip(times["NIQE"], times["sha256 of the pixels"])
     equal = [full - score - pixels for full, (score, pixels) in zip(times["full pass"], extra)]
     for name, ratios in (
         ("without NIQE and pixel hash / bare decode", [a / b for a, b in zip(equal, times["bare decode"])]),
         ("naive pass, which has neither, / that", [a / b for a, b in zip(times["naive pass"], equal)]),
     ):
-        print(f"{name:46}{statistics.median(ratios):8.2f}{min(ratios):8.2f}{max(ratios):8.2f}")
-    print("\nimg2dataset's path is written out here; the package itself was not run.")
+        print(f"{name:52}{statistics.median(ratios):8.2f}{min(ratios):8.2f}{max(ratios):8.2f}")
 
 
 if __name__ == "__main__":

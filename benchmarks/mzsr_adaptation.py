@@ -82,7 +82,7 @@ def _meta_step(second_order: bool, fastest: Callable[[Callable[[], object]], flo
     patches = torch.rand(8, 3, 32, 32)
 
     def step() -> None:
-        loss, _ = objective(SimpleNamespace(module=model, global_rank=0), {"clean": patches}, 0)
+        loss, _ = objective(SimpleNamespace(module=model, rank=0), {"clean": patches}, 0)
         loss.backward()
 
     return fastest(step)

@@ -159,6 +159,12 @@ def restore(
     steps: Annotated[int, typer.Option(help="MZSR: gradient steps on each picture; 0: one, as in the paper.")] = 0,
     kernel_variance: Annotated[float, typer.Option(help="MZSR: variance of the assumed blur, px^2; 0: the scale.")] = 0,
     kernel: Annotated[str, typer.Option(help="MZSR: estimate, a blur as 4,1,-0.5, or several: '1;2;4'.")] = "",
+    noise: Annotated[float, typer.Option(help="MZSR: sigma of the noise in the pictures, levels of 255.")] = 0,
+    back_projections: Annotated[int, typer.Option(help="MZSR: after the enlargement.")] = 0,
+    batch: Annotated[int, typer.Option(help="MZSR: pictures that adapt at once; for GPUs and small pictures.")] = 1,
+    ensemble: Annotated[
+        bool, typer.Option("--ensemble", help="Mean over eight flips and turns, 8 times the cost.")
+    ] = False,
 ) -> None:
     """Restore pictures with a model from the registry or from an export folder."""
     from infra.config import ConfigError
@@ -178,6 +184,10 @@ def restore(
         steps=steps,
         kernel_variance=kernel_variance,
         kernel=kernel,
+        noise=noise,
+        back_projections=back_projections,
+        ensemble=ensemble,
+        batch=batch,
         budget_ms=budget_ms,
         budget_mem=budget_mem,
         compare=compare,
@@ -338,7 +348,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(metavar="FOLDER", help="Clean pictures, or a benchmark: a name in configs/benchmarks, a .yaml."),
     ] = None,
-    model: Annotated[str, typer.Option(help="bicubic, input, an export folder, or models:/NAME@ALIAS.")] = "",
+    model: Annotated[str, typer.Option(help="bicubic, input, zssr, an export folder, or models:/NAME@ALIAS.")] = "",
     scale: Annotated[int, typer.Option(help="Super-resolution: how much smaller the pictures are made.")] = 0,
     protocol: Annotated[str, typer.Option(help="sr-y (default), sr-rgb, sr-div2k, …; rgb (default), y.")] = "",
     kernel: Annotated[str, typer.Option(help="Blur first: g_2.0, a variance in px^2, or var1,var2,theta.")] = "",
@@ -349,7 +359,11 @@ def evaluate(
     variant: Annotated[str, typer.Option(help="Of DyNet; MDSR's follows from the scale.")] = "",
     ensemble: Annotated[bool, typer.Option("--ensemble", help="Mean over eight flips and turns (EDSR+).")] = False,
     steps: Annotated[int, typer.Option(help="MZSR: steps of adaptation, 0 to 10.")] = 10,
-    assume: Annotated[str, typer.Option(help="MZSR: given, estimate, or blurs to choose from: '1.0;2.0'.")] = "given",
+    assume: Annotated[
+        str, typer.Option(help="MZSR, ZSSR: given, estimate, or blurs to choose from: '1.0;2.0'.")
+    ] = "given",
+    zssr_steps: Annotated[int, typer.Option(help="ZSSR: at most so many on each picture; they take minutes.")] = 3000,
+    zssr_bf16: Annotated[bool, typer.Option("--zssr-bf16", help="ZSSR: train in bfloat16.")] = False,
     back_projections: Annotated[int, typer.Option(help="MZSR: after the enlargement.")] = 0,
     dataset: Annotated[str, typer.Option(help="The model's training data, to look for these pictures in it.")] = "",
     niqe: Annotated[bool, typer.Option("--niqe", help="Also the score without reference.")] = False,
@@ -376,7 +390,7 @@ def evaluate(
     given["chains"] = tuple(chains.split(",")) if chains else ()
     options = {"model": model, "variant": variant, "ensemble": ensemble, "steps": steps, "assume": assume}
     options |= {"back_projections": back_projections, "dataset": dataset, "niqe": niqe, "lpips": lpips, "out": out}
-    options |= {"tile": tile}
+    options |= {"tile": tile, "zssr": {"steps": zssr_steps, "bf16": zssr_bf16}}
     (folder,) = arguments or []
     raise typer.Exit(evaluate_from_command_line(folder, given, protocol, seed, options, as_json=as_json))
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from datagen.config import SelectConfig
 from datagen.dataset import read_dataset_json
-from datagen.degradations.kernels import kernel_named
+from datagen.degradations.kernels import MZSR_SIZE, kernel_named
 from datagen.picture.niqe import load_model as load_pristine
 from datagen.picture.niqe import niqe
 from datagen.picture.quality import luma
@@ -41,13 +41,14 @@ from training.benchmark import (
     to_batch,
     to_picture,
 )
-from training.ensemble import self_ensemble
 from training.metrics import Protocol
 from training.models import scale_of, variants_of
-from training.zero_shot import ZeroShotOptions, enlarge_zero_shot, trained_for
+from training.zero_shot import ZeroShotOptions, blur_of, enlarge_zero_shot, trained_for
+from training.zssr import ZSSROptions, zssr
 
 BICUBIC = "bicubic"
 INPUT = "input"  # restoration's counterpart of bicubic: what went in, as it is
+ZSSR = "zssr"  # trained from scratch on each picture
 
 # Input uint8 [h,w,3] to result uint8 [H,W,3]; the second argument is told what a person should know.
 Method = Callable[[np.ndarray, Callable[[str], None]], np.ndarray]
@@ -56,16 +57,18 @@ Method = Callable[[np.ndarray, Callable[[str], None]], np.ndarray]
 class EvaluateOptions(Config):
     """How a model is run and what is measured besides PSNR and SSIM."""
 
-    model: str  # bicubic, input, an export folder, models:/NAME@ALIAS
+    model: str  # bicubic, input, zssr, an export folder, models:/NAME@ALIAS
     variant: str = ""
     tile: int = 512
     overlap: int = 32
     ensemble: bool = False  # mean over the eight flips and turns (EDSR+)
-    # MZSR alone: steps of adaptation, 0 for none; and the blur it assumes, as ``ZeroShotOptions.kernel`` or "given" for
-    # the one that the pictures are blurred with.
+    # MZSR alone: steps of adaptation, 0 for none.
     steps: int = 10
+    # MZSR and ZSSR: the blur that they assume, as ``ZeroShotOptions.kernel``, or "given" for the one that the pictures
+    # are blurred with.
     assume: str = "given"
     back_projections: int = 0
+    zssr: ZSSROptions = ZSSROptions()
     dataset: str = ""  # where the model's training data lies, to look for the benchmark's pictures in it
     niqe: bool = False
     lpips: str = ""  # a TorchScript file of a perceptual distance, of your own
@@ -144,6 +147,10 @@ def _method(benchmark: Benchmark, options: EvaluateOptions) -> tuple[Method, Loa
         if scale > 1:
             raise ConfigError("--model input: of restoration at the same size; for enlarging give --model bicubic")
         return lambda given, notify: given, None
+    if options.model == ZSSR:
+        if scale == 1:
+            raise ConfigError("--model zssr: enlarges, so it needs --scale")
+        return _zssr(benchmark.condition, options), None
     model = resolve_model(options.model, options.tracking)
     if model.adapts:
         if scale == 1:
@@ -153,15 +160,11 @@ def _method(benchmark: Benchmark, options: EvaluateOptions) -> tuple[Method, Loa
     of_model = scale_of(model.config, variant)
     if of_model != scale:
         raise ConfigError(f"{options.model}: makes pictures {of_model} times as large, --scale is {scale}")
-    settings = RestoreOptions(variant=variant, tile=options.tile, overlap=options.overlap)
+    settings = RestoreOptions(variant=variant, tile=options.tile, overlap=options.overlap, ensemble=options.ensemble)
 
     def restore(given: np.ndarray, notify: Callable[[str], None]) -> np.ndarray:
-        def forward(image: torch.Tensor) -> torch.Tensor:
-            pixels = np.ascontiguousarray(image[0].permute(1, 2, 0).numpy())
-            return torch.from_numpy(restore_array(model, pixels, settings, notify=notify)).permute(2, 0, 1)[None]
-
-        image = to_batch(given)
-        return to_picture(self_ensemble(forward, image) if options.ensemble else forward(image))
+        restored = restore_array(model, given.astype(np.float32) / 255, settings, notify=notify)
+        return to_picture(torch.from_numpy(restored).permute(2, 0, 1)[None])
 
     return restore, model
 
@@ -181,16 +184,11 @@ def _zero_shot(model: LoadedModel, benchmark: Benchmark, options: EvaluateOption
     adapts = options.steps > 0 and not large_scale
     if adapts and trained["scale"] != condition.scale:
         raise ConfigError(f"{options.model}: was trained for x{trained['scale']}, --scale is {condition.scale}")
-    assume = options.assume
-    kernel: torch.Tensor | None = None
-    if assume == "given":
-        # A picture that bicubic shrank has no blur before that: the identity says so.
-        kernel = kernel_named(condition.kernel).float() if condition.kernel else torch.ones(1, 1)
-        assume = ""
+    kernel, assumed = _blur(condition, options)
     settings = ZeroShotOptions(
         scale=condition.scale,
         steps=max(options.steps, 1),
-        kernel=assume,
+        kernel=assumed,
         subsample=condition.subsample,
         alignment=trained["alignment"],
         noise=condition.sigma,
@@ -209,6 +207,32 @@ def _zero_shot(model: LoadedModel, benchmark: Benchmark, options: EvaluateOption
                 enlarge(network, dict(network.named_parameters()), image, settings.scale, unadapted).cpu()
             )
         return to_picture(enlarge_zero_shot(network, image, settings, kernel=kernel, notify=notify).cpu())
+
+    return restore
+
+
+def _blur(condition: Condition, options: EvaluateOptions) -> tuple[torch.Tensor | None, str]:
+    """The blur that the pictures are known to have, or what ``ZeroShotOptions.kernel`` makes of each."""
+    if options.assume != "given":
+        return None, options.assume
+    # A picture that bicubic shrank has no blur before that: the identity says so.
+    return kernel_named(condition.kernel).float() if condition.kernel else torch.ones(1, 1), ""
+
+
+def _zssr(condition: Condition, options: EvaluateOptions) -> Method:
+    kernel, assumed = _blur(condition, options)
+    wanted = ZeroShotOptions(scale=condition.scale, kernel=assumed, subsample=condition.subsample)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def restore(given: np.ndarray, notify: Callable[[str], None]) -> np.ndarray:
+        image = to_batch(given).to(device)
+        if min(image.shape[-2:]) < MZSR_SIZE * condition.scale:
+            notify("too small to train on; enlarged by bicubic")
+            return bicubic(given, condition.scale)
+        blur = (blur_of(image, wanted) if kernel is None else kernel).to(image)
+        trained = zssr(image, blur, condition.scale, options.zssr, wanted.assumption)
+        notify(f"{trained.steps} steps")
+        return to_picture(trained.picture.cpu())
 
     return restore
 
@@ -294,6 +318,8 @@ def _summary(
         "ensemble": options.ensemble,
         "leaks": leaked,
     }
+    if options.model == ZSSR:
+        summary |= {"zssr": options.zssr.model_dump(mode="json"), "assume": options.assume}
     if model is not None and model.adapts:
         summary |= {"steps": options.steps, "assume": options.assume}
         summary["alignment"] = trained_for(model.metadata)["alignment"]

@@ -7,8 +7,9 @@ registered model.
 import hashlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,15 +19,15 @@ from pydantic import Field
 from torch import nn
 
 from datagen.degradations.kernels import MZSR_SIZE
-from datagen.degradations.resample import imresize
 from infra.config import Config
 from infra.files import sha256_of_file
 from pipeline.memory import SHARE, bytes_per_pixel, free_memory, largest_tile
-from training.adaptation import ONE_STEP, adapt, enlarge, published_rates
+from training.adaptation import ONE_STEP, Adapted, adapt, adapt_many, network_input, published_rates
+from training.ensemble import self_ensemble
 from training.export import CONFIG, WEIGHTS, ExportError, load_export
 from training.models import DyNetConfig, ModelConfig, scale_of, variants_of
 from training.models.inputs import check_variant
-from training.zero_shot import ZeroShotOptions, blur_of, trained_for
+from training.zero_shot import ZeroShotOptions, blur_of, enlarge_adapted, trained_for
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -54,6 +55,12 @@ class RestoreOptions(Config):
     # MZSR alone, in place of kernel_variance: "estimate" finds the blur in the picture; else what ``kernel_named``
     # reads, or several with ";" between them, of which the one that suits the picture best is taken.
     kernel: str = ""
+    # MZSR alone: standard deviation of the noise that the picture holds, levels of 255, and how often what the result
+    # lacks of the picture is added to it.
+    noise: Annotated[float, Field(ge=0, le=50)] = 0.0
+    back_projections: Annotated[int, Field(ge=0, le=20)] = 0
+    # Mean over the eight flips and turns ("EDSR+"), at eight times the cost; MZSR: those that leave the blur as it is.
+    ensemble: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,14 @@ class LoadedModel:
     def adapts(self) -> bool:
         """Whether the network learns from each picture before it enlarges it."""
         return self.config.name == "mzsr"
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What MZSR's network has learnt from a picture, and the blur that it was told or found; None: it is too small."""
+
+    kernel: torch.Tensor
+    adapted: Adapted
 
 
 def load_model(export: Path, device: str | torch.device | None = None) -> LoadedModel:
@@ -104,10 +119,11 @@ def offered_options(config: ModelConfig, metadata: dict[str, Any]) -> dict[str, 
     """The options that mean something to this kind of model, with the values that it takes when none are given."""
     defaults = RestoreOptions()
     offered: dict[str, Any] = {"variant": variants_of(config)[-1], "tile": defaults.tile, "overlap": defaults.overlap}
+    offered |= {"ensemble": defaults.ensemble}
     if config.name == "mzsr":
         offered |= {"scale": int(metadata.get("scale", 2)), "kernel_variance": defaults.kernel_variance}
-        offered |= {"steps": len(ONE_STEP)}
-        offered |= {"kernel": defaults.kernel}
+        offered |= {"steps": len(ONE_STEP), "kernel": defaults.kernel}
+        offered |= {"noise": defaults.noise, "back_projections": defaults.back_projections}
     return offered
 
 
@@ -146,6 +162,7 @@ def restore_array(
     *,
     notify: Callable[[str], None] = warnings.warn,
     memory: int | None = None,
+    adaptation: Adaptation | None = None,
 ) -> np.ndarray:
     """Restore one picture, in tiles when it is larger than ``options.tile``.
 
@@ -159,6 +176,7 @@ def restore_array(
         notify: told when a picture is done in tiles for want of memory, and when a zero-shot adaptation did not help
             and bicubic enlargement was done instead.
         memory: bytes that ``tile`` -1 may plan with; None takes half of those that are free.
+        adaptation: what ``adapt_together`` returned for this picture and these options; None: it is made here.
 
     Returns:
         float32 [scale H, scale W, 3] in [0, 1].
@@ -169,20 +187,24 @@ def restore_array(
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.float32 or 0 in picture.shape:
         raise ValueError(f"expected float32 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
     options = resolve_options(model, options or RestoreOptions())
-    image = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))[None]
+    image = _batch_of(picture)
     device = next(model.network.parameters()).device
     if options.tile == AUTO:
         tile = _fitting_tile(model, options, picture.shape[:2], memory, device, notify)
         options = options.model_copy(update={"tile": tile, "overlap": min(options.overlap, tile // 2)})
     if model.adapts:
         scale = options.scale
-        restore = _adapted(model, image.to(device), options, notify)
+        if adaptation is None:
+            (adaptation,) = adapt_together(model, [picture], options)
+        restore = _adapted(model, image.shape, adaptation, options, notify)
     else:
         variant = parse_variant(options.variant)
         scale = scale_of(model.config, options.variant)
 
-        def restore(tile: torch.Tensor) -> torch.Tensor:
+        def restore_once(tile: torch.Tensor) -> torch.Tensor:
             return model.network(tile, variant)
+
+        restore = partial(self_ensemble, restore_once) if options.ensemble else restore_once
 
     with torch.inference_mode():
         result = _in_tiles(lambda tile: restore(tile.to(device)).cpu(), image, scale, options.tile, options.overlap)
@@ -222,33 +244,78 @@ def parse_variant(variant: str) -> str | list[int]:
         raise ValueError(f"variant {variant!r}: expected a name, or four depths such as [2,4,4,6]") from None
 
 
-def _adapted(
-    model: LoadedModel, image: torch.Tensor, options: RestoreOptions, notify: Callable[[str], None]
-) -> Forward:
-    """The enlargement of an MZSR network that has adapted to ``image``, or bicubic if that went wrong.
+def adapt_together(
+    model: LoadedModel, pictures: Sequence[np.ndarray], options: RestoreOptions
+) -> list[Adaptation | None]:
+    """Let an MZSR network adapt to each of the pictures, float32 [H, W, 3] in [0, 1].
 
-    Adaptation looks at no more than one tile from the middle, because its memory grows with the picture.
+    It looks at no more than one tile from the middle of each, because its memory grows with the picture. Middles of one
+    size are done at once (``adapt_many``), with as much memory as all of them take; what is learnt is that of one after
+    the other to rounding.
+
+    Raises:
+        ValueError: the options do not suit the model.
     """
+    options = resolve_options(model, options)
+    shot = _zero_shot_options(model, options)
+    side = _ADAPTED_SIDE if options.tile == AUTO else options.tile
+    device = next(model.network.parameters()).device
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for number, picture in enumerate(pictures):
+        height, width = (min(one, side or one) // shot.scale * shot.scale for one in picture.shape[:2])
+        by_size.setdefault((height, width), []).append(number)
+    rates = published_rates(shot.steps, shot.scale, shot.subsample)
+    results: list[Adaptation | None] = [None] * len(pictures)
+    for (height, width), numbers in by_size.items():
+        if min(height, width) < MZSR_SIZE * shot.scale:
+            continue
+        middles = torch.cat([_batch_of(_middle(pictures[number], height, width)) for number in numbers]).to(device)
+        kernels = [blur_of(middle[None], shot).to(middle) for middle in middles]
+        if len(numbers) == 1:
+            learnt = [adapt(model.network, middles, kernels[0], shot.scale, rates, shot.assumption)]
+        else:
+            learnt = adapt_many(model.network, middles, torch.stack(kernels), shot.scale, rates, shot.assumption)
+        for number, kernel, adapted in zip(numbers, kernels, learnt):
+            results[number] = Adaptation(kernel, adapted)
+    return results
+
+
+def _zero_shot_options(model: LoadedModel, options: RestoreOptions) -> ZeroShotOptions:
+    trained = trained_for(model.metadata) | {"scale": options.scale}
+    more = {name: getattr(options, name) for name in ("steps", "noise", "back_projections", "ensemble")}
+    return ZeroShotOptions(**trained, **more, kernel=options.kernel or f"{options.kernel_variance:g}")
+
+
+def _middle(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+    return picture[top : top + height, left : left + width]
+
+
+def _batch_of(picture: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))[None]
+
+
+def _adapted(
+    model: LoadedModel,
+    shape: torch.Size,
+    adaptation: Adaptation | None,
+    options: RestoreOptions,
+    notify: Callable[[str], None],
+) -> Forward:
+    """The enlargement of a network that has adapted to a picture [1,3,H,W], or bicubic if that went wrong."""
+    shot = _zero_shot_options(model, options)
 
     def bicubic(tile: torch.Tensor) -> torch.Tensor:
-        return imresize(tile, options.scale)
+        return network_input(tile, shot.scale, shot.assumption)
 
-    sides = [min(side, options.tile or side) // options.scale * options.scale for side in image.shape[-2:]]
-    if min(sides) < MZSR_SIZE * options.scale:
-        notify(f"too small to adapt to ({image.shape[-1]}x{image.shape[-2]}); enlarged by bicubic")
+    if adaptation is None:
+        notify(f"too small to adapt to ({shape[-1]}x{shape[-2]}); enlarged by bicubic")
         return bicubic
-    top, left = ((side - kept) // 2 for side, kept in zip(image.shape[-2:], sides))
-    target = image[..., top : top + sides[0], left : left + sides[1]]
-    trained = trained_for(model.metadata) | {"scale": options.scale}
-    shot = ZeroShotOptions(**trained, steps=options.steps, kernel=options.kernel or f"{options.kernel_variance:g}")
-    rates = published_rates(shot.steps, shot.scale, shot.subsample)
-    network, assume = model.network, shot.assumption
-    adapted = adapt(network, target, blur_of(target, shot).to(target), shot.scale, rates, assume)
-    if not adapted.helped:
-        before, after = adapted.losses[0], adapted.losses[-1]
+    if not adaptation.adapted.helped:
+        before, after = adaptation.adapted.losses[0], adaptation.adapted.losses[-1]
         notify(f"adaptation did not help (loss {before:.4f} before, {after:.4f} after); enlarged by bicubic")
         return bicubic
-    return lambda tile: enlarge(network, adapted.weights, tile, shot.scale, assume)
+    return lambda tile: enlarge_adapted(model.network, adaptation.adapted.weights, tile, adaptation.kernel, shot)
 
 
 def _in_tiles(restore: Forward, image: torch.Tensor, scale: int, tile: int, overlap: int) -> torch.Tensor:

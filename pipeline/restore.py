@@ -1,14 +1,15 @@
 """``ird restore``: pictures in, restored pictures out, with a model from the registry or from a folder."""
 
+import contextlib
 import hashlib
 import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,16 @@ from infra.config import ConfigError
 from infra.tracking import TrackingConfig, tracking_uri
 from pipeline.budget import AUTO as AUTO_VARIANT
 from pipeline.budget import check_choice, choose_variant, measured_table, parse_bytes
-from pipeline.inference import AUTO, LoadedModel, RestoreOptions, load_model, resolve_options, restore_array
+from pipeline.inference import (
+    AUTO,
+    Adaptation,
+    LoadedModel,
+    RestoreOptions,
+    adapt_together,
+    load_model,
+    resolve_options,
+    restore_array,
+)
 from pipeline.pictures import Picture, decode_picture, encode_picture, side_by_side, suffix_of
 from pipeline.places import STREAM, Job, plan
 from pipeline.record import Record
@@ -80,12 +90,13 @@ def restore_picture(
     *,
     notify: Callable[[str], None],
     memory: int | None = None,
+    adaptation: Adaptation | None = None,
 ) -> Picture:
     """Restore the colours of ``picture``; grey stays grey, transparency is carried over (and enlarged).
 
-    ``notify`` and ``memory``: see ``restore_array``.
+    ``notify``, ``memory`` and ``adaptation``: see ``restore_array``.
     """
-    pixels = restore_array(model, picture.pixels, options, notify=notify, memory=memory)
+    pixels = restore_array(model, picture.pixels, options, notify=notify, memory=memory, adaptation=adaptation)
     alpha = picture.alpha
     if alpha is not None and pixels.shape[:2] != alpha.shape:
         enlarged = imresize(
@@ -110,6 +121,10 @@ def restore_files(
     budget_mem: str = "",
     compare: bool = False,
     kernel: str = "",
+    noise: float = 0.0,
+    back_projections: int = 0,
+    ensemble: bool = False,
+    batch: int = 1,
     settings: TrackingConfig | None = None,
     cache: Path | None = None,
     device: str | None = None,
@@ -124,8 +139,9 @@ def restore_files(
     Args:
         model_source: see ``resolve_model``.
         source, out: see ``pipeline.places.plan``.
-        variant, tile, overlap, scale, steps, kernel_variance, kernel: see ``RestoreOptions``; the variant ``auto``
-            takes the deepest that fits ``budget_ms``.
+        variant, tile, overlap, scale, steps, kernel_variance, kernel, noise, back_projections, ensemble: see
+            ``RestoreOptions``; the variant ``auto`` takes the deepest that fits ``budget_ms``.
+        batch: MZSR alone: so many pictures adapt at once; see ``adapt_together``.
         budget_ms: milliseconds that a picture may take; implies the variant ``auto``.
         budget_mem: memory that a picture may take, as ``2G``; it is done in tiles that fit.
         compare: also write NAME.compare.png, before and after beside each other.
@@ -154,17 +170,26 @@ def restore_files(
             steps=steps,
             kernel_variance=kernel_variance,
             kernel=kernel,
+            noise=noise,
+            back_projections=back_projections,
+            ensemble=ensemble,
         )
+        if batch < 1:
+            raise ConfigError(f"--batch {batch}: at least 1")
         memory = parse_bytes(budget_mem) if budget_mem else None
         sources = [source] if isinstance(source, str | Path) else source
         work = plan([str(one) for one in sources], str(out))
         model = resolve_model(model_source, settings, cache=cache, device=device, notify=say)
         options = resolve_options(model, options)
+        if batch > 1 and not model.adapts:
+            raise ConfigError(
+                f"--batch {batch}: of MZSR, whose network adapts to each picture; this is {model.config.name}"
+            )
         table = None
         if automatic:
             check_choice(model)
             table = measured_table(model, cache_root() / "measured", say)
-        order = _Order(model, options, table, budget_ms, memory, compare)
+        order = _Order(model, options, table, budget_ms, memory, compare, batch)
         record = Record(work.folder, order.request()) if work.folder is not None else None
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
@@ -194,6 +219,7 @@ class _Order:
     budget_ms: float | None
     memory: int | None
     compare: bool
+    batch: int
 
     def request(self) -> dict[str, Any]:
         """What makes results of two runs the same, in JSON."""
@@ -207,44 +233,71 @@ def _restore_all(
 ) -> tuple[Counter[str], int, list[tuple[str, str]]]:
     """How many were done with each variant, how many were done before, and which failed and why."""
     used: Counter[str] = Counter()
-    skipped, failures = 0, []
+    skipped = 0
+    failures: list[tuple[str, str]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("restore", total=len(jobs))
-            for job in jobs:
+            for start in range(0, len(jobs), order.batch):
+                given: list[_Given] = []
+                for job in jobs[start : start + order.batch]:
+                    with _noted(job, failures):
+                        if record is not None and record.holds(job):
+                            skipped += 1
+                        else:
+                            data = job.given.read()
+                            given.append(_Given(job, data, decode_picture(data)))
+                for one, adaptation in zip(given, _adaptations(order, given)):
 
-                def notify(message: str, job: Job = job) -> None:
-                    say(f"{job.name}: {message}")
+                    def notify(message: str, name: str = one.job.name) -> None:
+                        say(f"{name}: {message}")
 
-                try:
-                    if record is not None and record.holds(job):
-                        skipped += 1
-                    else:
-                        used[_restore(order, job, notify)] += 1
+                    with _noted(one.job, failures):
+                        used[_restore(order, one, adaptation, notify)] += 1
                         if record is not None:
-                            record.add(job)
-                # torch says "out of memory" by RuntimeError
-                except (OSError, ValueError, RuntimeError, MemoryError) as error:
-                    failures.append((job.name, str(error) or type(error).__name__))
-                progress.advance(task)
+                            record.add(one.job)
+                progress.advance(task, min(order.batch, len(jobs) - start))
     finally:
         if record is not None:
             record.close()
     return used, skipped, failures
 
 
-def _restore(order: _Order, job: Job, notify: Callable[[str], None]) -> str:
+class _Given(NamedTuple):
+    job: Job
+    data: bytes
+    picture: Picture
+
+
+@contextlib.contextmanager
+def _noted(job: Job, failures: list[tuple[str, str]]) -> Iterator[None]:
+    """A picture that cannot be done goes into ``failures``; the others go on."""
+    try:
+        yield
+    # torch says "out of memory" by RuntimeError
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        failures.append((job.name, str(error) or type(error).__name__))
+
+
+def _adaptations(order: _Order, given: Sequence[_Given]) -> list[Adaptation | None]:
+    """None where a picture is to see to it by itself: one at a time, and where all at once were too much."""
+    if order.batch > 1 and given:
+        with contextlib.suppress(RuntimeError, MemoryError, ValueError):
+            return adapt_together(order.model, [one.picture.pixels for one in given], order.options)
+    return [None] * len(given)
+
+
+def _restore(order: _Order, given: _Given, adaptation: Adaptation | None, notify: Callable[[str], None]) -> str:
     """Do one job; return the variant that it was done with."""
-    data = job.given.read()
-    picture = decode_picture(data)
+    job, data, picture = given
     options = order.options
     if order.table is not None:
         height, width = picture.pixels.shape[:2]
         choice = choose_variant(order.model, order.table, height, width, order.budget_ms)
         notify(choice.why)
         options = options.model_copy(update={"variant": choice.variant})
-    restored = restore_picture(order.model, picture, options, notify=notify, memory=order.memory)
+    restored = restore_picture(order.model, picture, options, notify=notify, memory=order.memory, adaptation=adaptation)
     suffix = job.result.suffix or suffix_of(data)
     encoded = encode_picture(restored, suffix)
     if order.compare:

@@ -117,16 +117,18 @@ def adapt(
     scale: int,
     lrs: Sequence[float] = ONE_STEP,
     assume: Assumption = RELEASED,
+    start: Mapping[str, torch.Tensor] | None = None,
 ) -> Adapted:
     """Adapt ``model`` to ``picture`` [1,3,H,W] in [0, 1] with one SGD step per entry of ``lrs``.
 
     Args:
         kernel: the blur [k,k] that the picture is assumed to have gone through before sub-sampling.
+        start: weights to begin from in place of the model's own.
 
     The model's own weights are not touched.
     """
     son, target = _son_and_father(picture, kernel, scale, assume)
-    weights: Weights = dict(model.named_parameters())
+    weights: Weights = dict(start or model.named_parameters())
     losses = []
     for lr in lrs:
         leaves = {name: value.detach().requires_grad_() for name, value in weights.items()}

@@ -1,6 +1,7 @@
 """MDSR: one trunk for several scales (arXiv 1707.02921, section 3.3), one scale a step, the others left untouched."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from datagen.degradations.random import generator
 from datagen.degradations.resample import imresize
 from training.config import NotNegative, StageConfig
+from training.corruption import shrink
 from training.edsr import without_context
 from training.engine import torch_optimizer
 from training.entry import run_from_command_line
@@ -19,6 +21,7 @@ from training.loop import run_stage
 from training.models import MDSRConfig
 from training.optimization import BRANCH
 from training.start import check_start
+from training.validation import Task
 
 
 class MDSRStageConfig(StageConfig):
@@ -93,10 +96,16 @@ def hold_idle_branches(optimizer: torch.optim.Optimizer, active: Callable[[], st
     return optimizer.register_step_pre_hook(hold)
 
 
+def tasks_of_scales(model: MDSRConfig) -> list[Task]:
+    """Undo bicubic shrinking, each scale with its own branch."""
+    return [Task(f"x{scale}", partial(shrink, scale), (f"x{scale}",)) for scale in model.scales]
+
+
 def train_mdsr(config: MDSRStageConfig) -> int:
     """Run the stage; see ``training.loop.run_stage`` for what is written and returned."""
     check_start(config)
-    return run_stage("mdsr", config, mdsr_objective(config), None)
+    assert isinstance(config.model, MDSRConfig)
+    return run_stage("mdsr", config, mdsr_objective(config), None, tasks=tasks_of_scales(config.model))
 
 
 if __name__ == "__main__":

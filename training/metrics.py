@@ -41,11 +41,6 @@ PROTOCOLS = {
 """The first that suits is the default; another has to be asked for by its name."""
 
 
-def to_uint8(picture: np.ndarray) -> np.ndarray:
-    """Round float [0, 1] to the 8 bits in which papers compare pictures."""
-    return np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
-
-
 def luma(picture: np.ndarray) -> np.ndarray:
     """Y in float64 [H,W], range 16-235, of RGB uint8 [H,W,3] (MATLAB's rgb2ycbcr, without its final rounding)."""
     return picture.astype(np.float64) @ _Y_WEIGHTS + _Y_OFFSET

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,32 @@ from torch.func import functional_call
 
 from infra.config import ConfigError
 from infra.files import write_atomically
+from training.benchmark import to_picture
 from training.config import ValidationConfig
 from training.corruption import Corruption
 from training.evaluate import read_pictures
-from training.metrics import to_uint8
 
 Scores = dict[str, dict[str, float]]
 """A variant's name to PSNR in dB by task."""
 
+Weights = Mapping[str, Tensor]
+
+
+def call(module: nn.Module, weights: Weights | None, image: Tensor, variant: str) -> Tensor:
+    """What ``variant`` of ``module`` makes of ``image``, with ``weights`` in place of its own if there are any."""
+    arguments = (image,) if variant == "default" else (image, variant)
+    restored: Tensor = module(*arguments) if weights is None else functional_call(module, dict(weights), arguments)
+    return restored
+
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be undone, and by which variants."""
+    """What is to be undone, by which variants, and how their network is used for it."""
 
     label: str
     corrupt: Corruption
     variants: tuple[str, ...]
+    restore: Callable[[nn.Module, Weights | None, Tensor, str], Tensor] = call
 
 
 class Validator:
@@ -53,7 +63,7 @@ class Validator:
         self._tasks, self._seed, self._device, self._grid = tasks, seed, device, config.grid
 
     @torch.no_grad()
-    def measure(self, module: nn.Module, weights: Mapping[str, Tensor] | None) -> tuple[Scores, np.ndarray | None]:
+    def measure(self, module: nn.Module, weights: Weights | None) -> tuple[Scores, np.ndarray | None]:
         """PSNR of ``module`` with ``weights`` in place of its own. A collective.
 
         Returns:
@@ -72,14 +82,14 @@ class Validator:
             for column, task in enumerate(self._tasks):
                 degraded, _ = task.corrupt(clean, seed=self._seed, epoch=[0], keys=[name], draw=[0], depth=None)
                 degraded = degraded if degraded.is_floating_point() else degraded.float() / 255
-                images = [_picture(degraded)]
+                images = [to_picture(degraded)]
                 for variant in task.variants:
-                    restored = _call(module, weights, degraded.to(self._device), variant)
-                    images.append(_picture(restored.cpu()))
+                    restored = task.restore(module, weights, degraded.to(self._device), variant)
+                    images.append(to_picture(restored.cpu()))
                     if place % dist.get_world_size() == dist.get_rank():
-                        sums[names.index(variant), column] += _psnr(images[-1], _picture(clean))
+                        sums[names.index(variant), column] += _psnr(images[-1], to_picture(clean))
                 if shown and dist.get_rank() == 0:
-                    rows.append(_row([*images, _picture(clean)]))
+                    rows.append(_row([*images, to_picture(clean)]))
         module.train(training)
         dist.all_reduce(sums)
         means = (sums / len(self._pictures)).tolist()
@@ -117,16 +127,6 @@ def record(out: Path, step: int, scores: Scores, facts: Mapping[str, Any]) -> No
     lines = [line for line in lines if line["step"] < step]
     lines.append({"step": step, "psnr": scores, **facts})
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-
-def _call(module: nn.Module, weights: Mapping[str, Tensor] | None, image: Tensor, variant: str) -> Tensor:
-    arguments = (image,) if variant == "default" else (image, variant)
-    restored: Tensor = module(*arguments) if weights is None else functional_call(module, dict(weights), arguments)
-    return restored
-
-
-def _picture(image: Tensor) -> np.ndarray:
-    return to_uint8(image[0].float().permute(1, 2, 0).numpy())
 
 
 def _psnr(restored: np.ndarray, clean: np.ndarray) -> float:

@@ -8,7 +8,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from datagen.degradations.kernels import MZSR_SIZE, gaussian_kernel, kernel_named
-from datagen.degradations.resample import imresize
 from infra.config import Config
 from training.adaptation import (
     Assumption,
@@ -16,6 +15,7 @@ from training.adaptation import (
     back_project,
     enlarge,
     enlarge_as_ensemble,
+    network_input,
     published_rates,
 )
 from training.kernel_estimation import estimate_kernel, most_consistent
@@ -93,7 +93,7 @@ def enlarge_zero_shot(
     scale, assume = options.scale, options.assumption
     if min(picture.shape[-2:]) < MZSR_SIZE * scale:
         notify(f"too small to adapt to ({picture.shape[-1]}x{picture.shape[-2]}); enlarged by bicubic")
-        return imresize(picture, scale).clamp(0, 1)
+        return network_input(picture, scale, assume).clamp(0, 1)
     kernel = blur_of(picture, options).to(picture) if kernel is None else kernel.to(picture)
     rates = options.rates or published_rates(options.steps, scale, options.subsample)
     adapted = adapt(model, picture, kernel, scale, rates, assume)
@@ -103,10 +103,23 @@ def enlarge_zero_shot(
         instead = "the large-scale weights" if fallback is not None else "bicubic"
         notify(f"adaptation did not help (loss {before:.4f} before, {after:.4f} after); enlarged by {instead}")
         if fallback is None:
-            return imresize(picture, scale).clamp(0, 1)
+            return network_input(picture, scale, assume).clamp(0, 1)
         model, weights = fallback, dict(fallback.named_parameters())
-    if options.ensemble and adapted.helped:
+        options = options.model_copy(update={"ensemble": False})
+    return enlarge_adapted(model, weights, picture, kernel, options).clamp(0, 1)
+
+
+def enlarge_adapted(
+    model: nn.Module, weights: Mapping[str, Tensor], picture: Tensor, kernel: Tensor, options: ZeroShotOptions
+) -> Tensor:
+    """``picture`` [N,3,H,W] enlarged to [N,3,sH,sW] by weights that have adapted, as ``options`` ask; not clipped.
+
+    Raises:
+        ValueError: an ensemble of a network that has learnt a shift.
+    """
+    scale, assume = options.scale, options.assumption
+    if options.ensemble:
         restored = enlarge_as_ensemble(model, weights, picture, kernel, scale, assume)
     else:
         restored = enlarge(model, weights, picture, scale, assume)
-    return back_project(restored, picture, kernel, scale, assume, options.back_projections).clamp(0, 1)
+    return back_project(restored, picture, kernel, scale, assume, options.back_projections)

@@ -79,7 +79,7 @@ def _log(
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(module, copy)
     pictures = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
-    kinds: dict[type, str] = {str: "string", int: "long", float: "double"}
+    kinds: dict[type, str] = {str: "string", int: "long", float: "double", bool: "boolean"}
     defaults = offered_options(config, metadata)
     params = ParamSchema([ParamSpec(key, kinds[type(value)], value) for key, value in defaults.items()])
     ramp = np.arange(64, dtype=np.uint8) * 4

@@ -78,12 +78,14 @@ def measure(
         ("mzsr", {"scale": 2}, {"steps": 1, "assume": "estimate"}),
         ("large_scale", {"scale": 2}, {}),
         ("dynet", {"sigma": 25}, {"variant": "small"}),
+        ("zssr", {"scale": 2, "kernel": "g_2.0", "subsample": "direct"}, {"zssr": {"steps": 2, "crop": 24}}),
+        ("zssr", {"scale": 3}, {"zssr": {"steps": 1, "crop": 24}, "assume": "estimate"}),
     ],
 )
 def test_every_model_on_grey_alpha_16_bits_and_mixed_sizes(
     exports: Path, pictures: Path, model: str, condition: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    rows, summary = measure(pictures, condition, exports / model, **options)
+    rows, summary = measure(pictures, condition, model if model == "zssr" else exports / model, **options)
     assert [row["picture"] for row in rows] == ["alpha", "colour", "deep", "grey"]
     assert all(np.isfinite([row["psnr"], row["ssim"]]).all() for row in rows)
     assert summary["psnr"] == pytest.approx(np.mean([row["psnr"] for row in rows]))
@@ -186,13 +188,14 @@ def test_a_model_of_another_dataset_is_not_cleared_by_this_one(
         ({"scale": 2}, "input", {}, "--model bicubic"),
         ({"scale": 3}, "mzsr", {}, "was trained for x2"),
         ({"sigma": 5}, "mzsr", {}, "give --scale"),
+        ({"sigma": 5}, "zssr", {}, "needs --scale"),
         ({"scale": 2}, "bicubic", {"lpips": "nowhere.pt"}, "TorchScript"),
     ],
 )
 def test_what_does_not_suit_is_refused(
     exports: Path, pictures: Path, condition: dict[str, Any], model: str, options: dict[str, Any], expected: str
 ) -> None:
-    source = model if model in ("bicubic", "input") else exports / model
+    source = model if model in ("bicubic", "input", "zssr") else exports / model
     with pytest.raises(ConfigError, match=expected):
         measure(pictures, condition, source, **options)
 

@@ -28,6 +28,7 @@ from tests.support.s3 import S3Server
 from training.adaptation import adapt, enlarge
 from training.export import WEIGHTS, ExportError, save_export
 from training.models import DyNetConfig, EDSRConfig, MDSRConfig, ModelConfig, MZSRConfig, build_model
+from training.zero_shot import ZeroShotOptions, enlarge_zero_shot
 
 CONFIGS: dict[str, ModelConfig] = {
     "dynet": DyNetConfig(dim=8, refinement_blocks=1, variants={"small": (1, 1, 1, 1), "large": (1, 2, 2, 2)}),
@@ -174,6 +175,56 @@ def test_mzsr_falls_back_to_bicubic_and_says_so(load: Callable[[str], LoadedMode
     assert "bicubic" in said[0]
     restore_array(model, PHOTOGRAPH[:20, :20], notify=said.append)
     assert "too small" in said[1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"ensemble": True}, {"noise": 10.0}, {"back_projections": 2}, {"kernel": "4,1,-0.5", "ensemble": True}]
+)
+def test_mzsr_has_the_options_of_the_meta_test(tmp_path: Path, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    save_export(build_model(CONFIGS["mzsr"]), CONFIGS["mzsr"], tmp_path, {"scale": 2, "alignment": "aligned"})
+    model, picture = load_model(tmp_path, "cpu"), PHOTOGRAPH[:96, :80]
+    restored = restore_array(model, picture, RestoreOptions(steps=2, **options))
+    tensor = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))[None]
+    shot = ZeroShotOptions(steps=2, **({"kernel": "2.0"} | options))
+    expected = enlarge_zero_shot(model.network, tensor, shot)
+    assert np.abs(restored - expected[0].permute(1, 2, 0).numpy()).max() < 1e-5
+    plain = restore_array(model, picture, RestoreOptions(steps=2, kernel=options.get("kernel", "")))
+    assert np.abs(restored - plain).max() > 1e-4
+
+
+def test_pictures_of_a_folder_adapt_together(
+    tmp_path: Path, exports: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    save_export(build_model(CONFIGS["mzsr"]), CONFIGS["mzsr"], tmp_path / "export", {"scale": 2})
+    (tmp_path / "in").mkdir()
+    sizes = {"a": (96, 80), "b": (96, 80), "c": (64, 70), "d": (96, 81), "small": (20, 20)}
+    for number, (name, (height, width)) in enumerate(sizes.items()):
+        write_picture(tmp_path / "in" / f"{name}.png", Picture(PHOTOGRAPH[7 * number :][:height, :width]))
+    (tmp_path / "in" / "broken.png").write_text("text")
+    for batch in (1, 4):
+        arguments = (str(tmp_path / "export"), tmp_path / "in", tmp_path / str(batch))
+        code, said = restore_quietly(*arguments, batch=batch)
+        assert (code, "5 restored with mzsr, 1 failed" in said) == (1, True)
+        assert "small.png: too small to adapt to (20x20); enlarged by bicubic" in said
+        assert "5 already done, 1 failed" in restore_quietly(*arguments, batch=4)[1]
+    for name, (height, width) in sizes.items():
+        alone, together = (np.asarray(Image.open(tmp_path / batch / f"{name}.png"), np.int16) for batch in "14")
+        assert alone.shape == (2 * height, 2 * width, 3)
+        assert np.abs(alone - together).max() <= 1
+    code, said = restore_quietly(*arguments[:2], tmp_path / "none", batch=4, kernel="round")
+    assert (code, said.count("expected g_0.2")) == (1, 4)
+    assert restore_quietly(str(exports["edsr"]), tmp_path / "in", tmp_path / "none", batch=2)[0] == 2
+    assert "--batch 2: of MZSR" in capsys.readouterr().err
+
+
+def test_an_ensemble_is_the_mean_over_flips_and_turns(load: Callable[[str], LoadedModel]) -> None:
+    picture = PHOTOGRAPH[:48, :40]
+    restored = restore_array(load("edsr"), picture, RestoreOptions(ensemble=True))
+    turned = restore_array(load("edsr"), np.ascontiguousarray(picture[::-1, ::-1]), RestoreOptions(ensemble=True))
+    assert np.abs(turned[::-1, ::-1] - restored).max() < 1e-5
+    assert np.abs(restored - restore_array(load("edsr"), picture)).max() > 1e-4
 
 
 def test_the_scale_of_mzsr_comes_from_the_export_or_the_caller(tmp_path: Path) -> None:

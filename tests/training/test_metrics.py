@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
+from training.benchmark import to_picture
 from training.evaluate import mean_rows
-from training.metrics import compare, luma, to_uint8
+from training.metrics import compare, luma
 
 
 def test_psnr_by_hand() -> None:
@@ -32,8 +34,9 @@ def test_shave_leaves_the_border_out() -> None:
     assert compare(b, a, shave=2)["psnr"] == float("inf") and compare(b, a)["psnr"] < 20
 
 
-def test_rounding_clips() -> None:
-    assert to_uint8(np.array([-0.1, 0.5 / 255, 1.5 / 255, 2.0])).tolist() == [0, 0, 2, 255]
+def test_rounding_clips_and_takes_halves_upwards() -> None:
+    levels = torch.tensor([-25.5, 0.4, 0.5, 1.5, 510]) / 255
+    assert to_picture(levels.double().expand(1, 3, 1, 5))[0, :, 0].tolist() == [0, 0, 1, 2, 255]
 
 
 def test_other_sizes_and_types_are_refused() -> None:

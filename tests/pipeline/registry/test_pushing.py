@@ -70,7 +70,17 @@ def test_mzsr_offers_its_own_params(settings: TrackingConfig, tmp_path: Path) ->
     save_export(build_model(config), config, tmp_path / "export", {"scale": 3})
     push(tmp_path / "export", "zero-shot", settings=settings)
     description = (pull("models:/zero-shot/1", tmp_path, settings) / "MLmodel").read_text()
-    for name in ("variant", "tile", "overlap", "scale", "steps", "kernel_variance"):
+    for name in (
+        "variant",
+        "tile",
+        "overlap",
+        "ensemble",
+        "scale",
+        "steps",
+        "kernel_variance",
+        "noise",
+        "back_projections",
+    ):
         assert f'"name": "{name}"' in description
     assert {row.name for row in list_versions(settings)} >= {"tiny", "zero-shot"}
 
