@@ -45,19 +45,13 @@ def demo(
 
     Minutes on two CPU cores. Interrupt it and run it again: it goes on where it was.
     """
-    from infra.launcher import StageFailed
     from pipeline.demo import load_demo_config, run_demo
+    from pipeline.resumable import resumable
 
     given = [f"source={source}"] * bool(source) + [f"out={out}"] * bool(out) + (overrides or [])
     settings = load_demo_config(config, given)
-    try:
+    with resumable():
         report = run_demo(settings, say=lambda line: print(line, flush=True))
-    except StageFailed as failure:
-        print(f"\n{failure}\nRun the same command again to go on from this stage.", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print("\nInterrupted. Run the same command again to go on.", file=sys.stderr)
-        raise typer.Exit(130) from None
     root = report.parent
     print(f"\nMade in {root}:")
     for what, where in (

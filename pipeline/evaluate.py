@@ -191,6 +191,7 @@ def _zero_shot(model: LoadedModel, benchmark: Benchmark, options: EvaluateOption
         kernel=assumed,
         subsample=condition.subsample,
         alignment=trained["alignment"],
+        inner_lr=trained["inner_lr"],
         noise=condition.sigma,
         back_projections=options.back_projections,
         ensemble=options.ensemble,

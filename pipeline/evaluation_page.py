@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from infra.files import write_atomically
+from infra.templates import templates
 from pipeline.report.images import Image, image_of_pixels
 from training.metrics import Protocol
 
@@ -74,22 +74,19 @@ def write_page(
     path: Path, rows: list[dict[str, Any]], summary: dict[str, Any], crops: Sequence[Crop], protocol: Protocol
 ) -> None:
     """Write the page; it asks for nothing but itself."""
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("evaluation.html").render(
-        style=(_TEMPLATES / "report.css").read_text(),
-        rows=rows,
-        summary=summary,
-        about=protocol.about,
-        before="bicubic" if summary["scale"] > 1 else "input",
-        more=[name for name in ("niqe", "lpips") if name in rows[0]],
-        worst=_first_of_each(sorted(crops[0::2], key=lambda crop: -crop.error), summary),
-        best=_first_of_each(sorted(crops[1::2], key=lambda crop: -crop.gain), summary),
+    page = (
+        templates(_TEMPLATES)
+        .get_template("evaluation.html")
+        .render(
+            style=(_TEMPLATES / "report.css").read_text(),
+            rows=rows,
+            summary=summary,
+            about=protocol.about,
+            before="bicubic" if summary["scale"] > 1 else "input",
+            more=[name for name in ("niqe", "lpips") if name in rows[0]],
+            worst=_first_of_each(sorted(crops[0::2], key=lambda crop: -crop.error), summary),
+            best=_first_of_each(sorted(crops[1::2], key=lambda crop: -crop.gain), summary),
+        )
     )
     write_atomically(path, page.encode())
 

@@ -22,7 +22,7 @@ from datagen.degradations.kernels import MZSR_SIZE
 from infra.config import Config
 from infra.files import sha256_of_file
 from pipeline.memory import SHARE, bytes_per_pixel, free_memory, largest_tile
-from training.adaptation import ONE_STEP, Adapted, adapt, adapt_many, network_input, published_rates
+from training.adaptation import ONE_STEP, Adapted, adapt, adapt_many, network_input
 from training.ensemble import self_ensemble
 from training.export import CONFIG, WEIGHTS, ExportError, load_export
 from training.models import DyNetConfig, ModelConfig, scale_of, variants_of
@@ -264,7 +264,6 @@ def adapt_together(
     for number, picture in enumerate(pictures):
         height, width = (min(one, side or one) // shot.scale * shot.scale for one in picture.shape[:2])
         by_size.setdefault((height, width), []).append(number)
-    rates = published_rates(shot.steps, shot.scale, shot.subsample)
     results: list[Adaptation | None] = [None] * len(pictures)
     for (height, width), numbers in by_size.items():
         if min(height, width) < MZSR_SIZE * shot.scale:
@@ -272,9 +271,11 @@ def adapt_together(
         middles = torch.cat([_batch_of(_middle(pictures[number], height, width)) for number in numbers]).to(device)
         kernels = [blur_of(middle[None], shot).to(middle) for middle in middles]
         if len(numbers) == 1:
-            learnt = [adapt(model.network, middles, kernels[0], shot.scale, rates, shot.assumption)]
+            learnt = [adapt(model.network, middles, kernels[0], shot.scale, shot.all_rates, shot.assumption)]
         else:
-            learnt = adapt_many(model.network, middles, torch.stack(kernels), shot.scale, rates, shot.assumption)
+            learnt = adapt_many(
+                model.network, middles, torch.stack(kernels), shot.scale, shot.all_rates, shot.assumption
+            )
         for number, kernel, adapted in zip(numbers, kernels, learnt):
             results[number] = Adaptation(kernel, adapted)
     return results

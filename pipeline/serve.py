@@ -20,12 +20,12 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
-from jinja2 import Environment, FileSystemLoader
 from pydantic import Field, ValidationError
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from infra.config import Config, ConfigError
+from infra.templates import templates
 from pipeline.admission import Admission, FullError
 from pipeline.budget import parse_bytes
 from pipeline.inference import LoadedModel, RestoreOptions, resolve_options
@@ -78,7 +78,7 @@ class Restored:
 def make_app(models: Mapping[str, LoadedModel], config: ServeConfig) -> FastAPI:
     """The application, for uvicorn or any other ASGI server."""
     admission = Admission(config.workers, config.waiting)
-    page = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True).get_template("serve.html")
+    page = templates(_TEMPLATES).get_template("serve.html")
     facts: dict[str, Any] = {"models": [_describe(name, model) for name, model in models.items()]}
     facts |= {"limits": {"bytes": config.max_bytes, "pixels": config.max_pixels}, "formats": list(_TYPES)}
 

@@ -1,6 +1,5 @@
 """``ird study``: comparisons at equal compute, written up as a table and a plot."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -31,19 +30,13 @@ def study_co_pretraining(
     from rich.console import Console
 
     from infra.config import load_config
-    from infra.launcher import StageFailed
     from pipeline.demo import REPOSITORY
+    from pipeline.resumable import resumable
     from pipeline.study import StudyConfig, read_rows, show, study
 
     path = config or REPOSITORY / "configs" / "pipeline" / "study_co_pretraining.yaml"
     settings = load_config(StudyConfig, path, overrides or [])
-    try:
+    with resumable():
         report = study(settings, train_with or [], say=lambda line: print(line, flush=True))
-    except StageFailed as failure:
-        print(f"\n{failure}\nRun the same command again to go on.", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print("\nInterrupted. Run the same command again to go on.", file=sys.stderr)
-        raise typer.Exit(130) from None
     show(read_rows(report.parent), Console())
     print(f"table: {report}\nplot:  {report.with_suffix('.png')}")

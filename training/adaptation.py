@@ -19,6 +19,8 @@ from training.ensemble import orient, orient_back, symmetries
 
 Weights = dict[str, torch.Tensor]
 
+PUBLISHED_INNER_LR = 0.01
+
 # One step, as in the paper's "one-step adaptation"; the released code goes on with 0.01 (steps 2-4), then 0.005.
 ONE_STEP = (0.02,)
 
@@ -62,19 +64,24 @@ class Adapted:
         return math.isfinite(self.losses[-1]) and self.losses[-1] < self.losses[0]
 
 
-def published_rates(steps: int, scale: int = 2, subsample: str = "direct") -> tuple[float, ...]:
+def published_rates(
+    steps: int, scale: int = 2, subsample: str = "direct", inner_lr: float = PUBLISHED_INNER_LR
+) -> tuple[float, ...]:
     """Learning rates of ``steps`` steps as the released test code has them for its models.
+
+    Those were meta-trained with inner steps at 0.01; the rates are in proportion for one that had ``inner_lr``.
 
     Raises:
         ValueError: not 1 to 10 steps.
     """
     if not 1 <= steps <= 10:
         raise ValueError(f"{steps} steps: MZSR adapts in 1 to 10")
+    rates = (0.02, *[0.01] * 3, *[0.005] * 6)
     if subsample == "bicubic":
-        return (*[0.01] * 3, *[0.001] * 7)[:steps]
-    if scale == 4:
-        return (0.01, *[0.005] * 4, *[0.001] * 5)[:steps]
-    return (0.02, *[0.01] * 3, *[0.005] * 6)[:steps]
+        rates = (*[0.01] * 3, *[0.001] * 7)
+    elif scale == 4:
+        rates = (0.01, *[0.005] * 4, *[0.001] * 5)
+    return tuple(rate * (inner_lr / PUBLISHED_INNER_LR) for rate in rates[:steps])
 
 
 def shrink_blurred(

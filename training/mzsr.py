@@ -20,6 +20,7 @@ from datagen.degradations.random import generator
 from datagen.degradations.resample import imresize
 from infra.config import Config
 from training.adaptation import (
+    PUBLISHED_INNER_LR,
     Assumption,
     Weights,
     adapt,
@@ -44,7 +45,9 @@ class MetaConfig(Config):
     tasks: Positive = 5  # a task is one blur kernel; data.batch = tasks x 2 x patches_per_set
     patches_per_set: Positive = 8  # support patches, and as many query patches of other pictures
     inner_steps: Positive = 5
-    inner_lr: Rate = 0.01  # plain SGD
+    # Plain SGD. The export says it, and adaptations are in proportion. A hundred thousand steps make weights that small
+    # steps move; in few, larger ones are what lets a step say anything.
+    inner_lr: Rate = PUBLISHED_INNER_LR
     # The narrowest blur of a task, px^2. Less than the released 1.0 lets pictures that are nearly sharp be tasks too.
     least_variance: Annotated[float, Field(gt=0, le=2)] = 1.0
     # The query losses after each inner step are weighted equally at first; over these steps the weight
@@ -162,7 +165,7 @@ def large_scale_task(scale: int) -> Task:
 def one_step_tasks(config: MZSRStageConfig) -> list[Task]:
     """What the paper's evaluation asks of the meta-trained weights: one step on each picture, its blur being known."""
     assume = Assumption(config.subsample, config.alignment)
-    rates = published_rates(1, config.scale, config.subsample)
+    rates = published_rates(1, config.scale, config.subsample, config.meta.inner_lr)
 
     def task(name: str) -> Task:
         kernel = EVALUATION_KERNELS[name].float()
@@ -189,7 +192,7 @@ def train_mzsr(config: MZSRStageConfig) -> int:
         objective, corrupt = large_scale_objective(config.scale), partial(shrink, config.scale)
         tasks = [large_scale_task(config.scale)]
         return run_stage("mzsr_large_scale", config, objective, corrupt, facts, tasks=tasks)
-    facts |= {"subsample": config.subsample, "alignment": config.alignment}
+    facts |= {"subsample": config.subsample, "alignment": config.alignment, "inner_lr": config.meta.inner_lr}
     return run_stage("mzsr_meta", config, meta_objective(config), None, facts, tasks=one_step_tasks(config))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from datagen.degradations.kernels import MZSR_SIZE, gaussian_kernel, kernel_named
 from infra.config import Config
 from training.adaptation import (
+    PUBLISHED_INNER_LR,
     Assumption,
     adapt,
     back_project,
@@ -28,8 +29,10 @@ class ZeroShotOptions(Config):
 
     scale: Annotated[int, Field(ge=2, le=4)] = 2
     steps: Annotated[int, Field(ge=1, le=10)] = 10
-    # Learning rate of each step; empty: the released test code's for this scale and sub-sampling.
+    # Learning rate of each step; empty: the released test code's for this scale and sub-sampling, in proportion to what
+    # the inner steps of the meta-training had.
     rates: tuple[float, ...] = ()
+    inner_lr: Annotated[float, Field(gt=0)] = PUBLISHED_INNER_LR
     # The blur on the grid of the result: as ``kernel_named`` reads it; several with ";" between them, of which the one
     # that suits the picture best is taken; "estimate"; empty: a round Gaussian of as many px^2 as the scale.
     kernel: str = ""
@@ -44,16 +47,22 @@ class ZeroShotOptions(Config):
         """The part of the options that the network's input depends on."""
         return Assumption(self.subsample, self.alignment, self.noise)
 
+    @property
+    def all_rates(self) -> tuple[float, ...]:
+        """The learning rate of each step."""
+        return self.rates or published_rates(self.steps, self.scale, self.subsample, self.inner_lr)
+
 
 def trained_for(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The options that an export of ``training.mzsr`` was trained for, from its metadata.
 
-    Exports from before there was a choice have the released alignment.
+    Exports from before there was a choice have the released alignment and inner rate.
     """
     return {
         "scale": int(metadata.get("scale", 2)),
         "subsample": metadata.get("subsample", "direct"),
         "alignment": metadata.get("alignment", "released"),
+        "inner_lr": metadata.get("inner_lr", PUBLISHED_INNER_LR),
     }
 
 
@@ -95,8 +104,7 @@ def enlarge_zero_shot(
         notify(f"too small to adapt to ({picture.shape[-1]}x{picture.shape[-2]}); enlarged by bicubic")
         return network_input(picture, scale, assume).clamp(0, 1)
     kernel = blur_of(picture, options).to(picture) if kernel is None else kernel.to(picture)
-    rates = options.rates or published_rates(options.steps, scale, options.subsample)
-    adapted = adapt(model, picture, kernel, scale, rates, assume)
+    adapted = adapt(model, picture, kernel, scale, options.all_rates, assume)
     weights: Mapping[str, Tensor] = adapted.weights
     if not adapted.helped:
         before, after = adapted.losses[0], adapted.losses[-1]

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 from skimage import data
 from torch import Tensor
@@ -19,6 +18,7 @@ from datagen.degradations.execute import degrade, replay
 from datagen.degradations.recipe import Recipe
 from datagen.degradations.steps import STEPS
 from infra.files import publish_atomically, write_atomically
+from infra.templates import templates
 
 SERIES: dict[str, tuple[dict[str, Any], str, Sequence[Any]]] = {
     "gaussian_noise": ({"seed": 1}, "sigma", (5.0, 15.0, 25.0, 50.0, 75.0)),
@@ -185,12 +185,11 @@ def _image(picture: Tensor) -> Image.Image:
 
 
 def _page(rows: Sequence[Row]) -> str:
-    environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined)
     shown = [
         {"title": row.title, "note": row.note, "cells": list(zip(row.captions, map(_uri, row.pictures), strict=True))}
         for row in rows
     ]
-    return environment.get_template("gallery.html").render(rows=shown)
+    return templates(_TEMPLATES).get_template("gallery.html").render(rows=shown)
 
 
 def _uri(picture: Tensor) -> str:

@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from datagen.config import Config, DatagenConfig, PackConfig, ScanConfig, SelectConfig, TileConfig
 from datagen.dataset import CONFIG, code_version
@@ -14,6 +13,7 @@ from datagen.report.page import TEMPLATES, sources_of
 from datagen.report.words import CONVERSIONS, plain, plural, reason_meaning, reason_title, size
 from datagen.select.gates import GATES
 from infra.storage import Store
+from infra.templates import templates
 
 CARD = "README.md"
 # Without it a README.md is somebody's own, and is left alone.
@@ -53,13 +53,7 @@ def write_card(facts: Facts, store: Store) -> list[str]:
 
 def card(facts: Facts) -> str:
     """The card as markdown."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates(TEMPLATES, markup=False)
     environment.filters |= {"plural": plural, "size": size, "cell": cell, "code": code}
     return environment.get_template("card.md").render(
         front_matter=front_matter(facts),

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from datagen.dataset import code_version
@@ -15,6 +15,7 @@ from datagen.report.funnel import fate_by_size, funnel
 from datagen.report.pictures import sheets
 from datagen.report.words import CONVERSIONS, duration, measure_words, plain, plural, size
 from infra.storage import Store
+from infra.templates import templates
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -98,13 +99,7 @@ def breakable(name: str) -> Markup:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(TEMPLATES)
     environment.filters |= {"plural": plural, "size": size, "duration": duration, "breakable": breakable}
     environment.filters["share"] = lambda part, whole: f"{part / max(1, whole):.1%}"
     return environment

@@ -8,11 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from datagen.progress import spoken
 from datagen.report.page import breakable
 from infra.files import write_atomically
+from infra.templates import templates
 from pipeline.report import curves
 from pipeline.report.curation import curation
 from pipeline.report.degradations import degradations
@@ -40,13 +39,7 @@ def write_report(root: Path, path: Path) -> Path:
         OSError: ``path`` cannot be written.
     """
     root = Path(root).absolute()
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates(TEMPLATES)
     environment.filters |= {"duration": spoken, "gib": gib, "mb": megabytes, "db": decibels, "breakable": breakable}
     script, style = ((TEMPLATES / name).read_text() for name in ("report.js", "report.css"))
     page = environment.get_template("report.html").render(

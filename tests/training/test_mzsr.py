@@ -126,6 +126,7 @@ def test_published_rates() -> None:
     assert published_rates(10) == (0.02, 0.01, 0.01, 0.01, *[0.005] * 6)
     assert published_rates(10, scale=4) == (0.01, *[0.005] * 4, *[0.001] * 5)
     assert published_rates(5, subsample="bicubic") == (0.01, 0.01, 0.01, 0.001, 0.001)
+    assert published_rates(2, inner_lr=0.05) == pytest.approx((0.1, 0.05))
     for steps in (0, 11):
         with pytest.raises(ValueError, match="1 to 10"):
             published_rates(steps)

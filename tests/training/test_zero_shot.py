@@ -71,6 +71,13 @@ def test_divergence_falls_back_to_the_large_scale_weights_and_then_to_bicubic(mo
 
 
 def test_what_an_export_was_trained_for() -> None:
-    assert trained_for({}) == {"scale": 2, "subsample": "direct", "alignment": RELEASED.alignment}
-    facts = {"scale": 4, "subsample": "bicubic", "alignment": "aligned", "stage": "mzsr_meta"}
-    assert trained_for(facts) == {"scale": 4, "subsample": "bicubic", "alignment": "aligned"}
+    released = {"scale": 2, "subsample": "direct", "alignment": RELEASED.alignment, "inner_lr": 0.01}
+    assert trained_for({}) == released
+    facts = {"scale": 4, "subsample": "bicubic", "alignment": "aligned", "inner_lr": 0.05}
+    assert trained_for({**facts, "stage": "mzsr_meta"}) == facts
+
+
+def test_rates_are_in_proportion_to_the_meta_training_or_given() -> None:
+    assert ZeroShotOptions(steps=2).all_rates == (0.02, 0.01)
+    assert ZeroShotOptions(steps=2, inner_lr=0.05).all_rates == pytest.approx((0.1, 0.05))
+    assert ZeroShotOptions(steps=2, inner_lr=0.05, rates=(0.3,)).all_rates == (0.3,)
