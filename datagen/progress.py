@@ -103,15 +103,17 @@ class Progress:
 
     def _told(self) -> str:
         rate, left = self._rate(), self._total - self._done
-        told = [f"{rate:,.1f} {self._unit}/s", *([self._notes] if self._notes else [])]
+        told = [f"{rate:,.1f} {self._unit}/s"] if self._done else []
+        told += [self._notes] if self._notes else []
         if rate and left > 0:
             told.append(f"{spoken(left / rate)} left")
         return ", ".join(told)
 
     def _print_line(self) -> None:
         self._next_line = time.monotonic() + _BETWEEN
-        told = f", {self._told()}" if self._done else ""
-        print(f"[{self._step}] {self._done}/{self._total} {self._unit}{told}", file=sys.stderr, flush=True)
+        told = self._told()
+        so_far = f"[{self._step}] {self._done}/{self._total} {self._unit}"
+        print(", ".join([so_far, told] if told else [so_far]), file=sys.stderr, flush=True)
 
     def _tell(self) -> None:
         if self._watcher:

@@ -17,7 +17,7 @@ import collections
 import concurrent.futures
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +96,7 @@ def select(config: DatagenConfig, store: Store) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ird-select-") as folder:
         path = Path(folder) / "selection.parquet"
         with pq.ParquetWriter(path, SELECTION_SCHEMA, compression="zstd") as writer:
-            for rows in _evenly(judge(config, store)):
+            for rows in _evenly(judge(config, store, lambda note: progress.advance(0, notes=note))):
                 writer.write_table(rows)
                 counts.update(_tally(rows))
                 tiles += pc.sum(pc.list_value_length(rows.column("tiles"))).as_py() or 0
@@ -112,17 +112,22 @@ def select(config: DatagenConfig, store: Store) -> dict[str, Any]:
     }
 
 
-def judge(config: DatagenConfig, store: Store) -> Iterator[pa.Table]:
+def judge(config: DatagenConfig, store: Store, say: Callable[[str], None] = lambda note: None) -> Iterator[pa.Table]:
     """Verdicts, :data:`SELECTION_SCHEMA`, one row an inventory row in the same order, part by part.
+
+    Args:
+        say: told what is being done until the first verdict, which is most of the time.
 
     Raises:
         DatasetError, ConfigError: see :func:`select`.
     """
     taken_down = read_take_downs(store)
-    facts = _read_facts(config, store, taken_down)
-    matches = pa.concat_tables(
-        [_MATCHES_SCHEMA.empty_table(), *_reject_leaks(facts, config, store), *_reject_copies(facts, config, store)]
-    ).sort_by("row")
+    facts = _read_facts(config, store, taken_down, say)
+    say("looking for leaks")
+    leaks = list(_reject_leaks(facts, config, store))
+    say("looking for copies")
+    copies = list(_reject_copies(facts, config, store))
+    matches = pa.concat_tables([_MATCHES_SCHEMA.empty_table(), *leaks, *copies]).sort_by("row")
     reasons, values = facts.reason, facts.value
     del facts  # The candidates and their hashes, most of the memory, have done their work.
     removed = {picture["sha256"]: picture.get("note") for picture in taken_down}
@@ -160,7 +165,9 @@ def read_parts(store: Store, columns: Sequence[str]) -> Iterator[pa.Table]:
         yield pa.schema([INVENTORY_SCHEMA.field(name) for name in columns]).empty_table()
 
 
-def _read_facts(config: DatagenConfig, store: Store, taken_down: list[dict[str, Any]]) -> _Facts:
+def _read_facts(
+    config: DatagenConfig, store: Store, taken_down: list[dict[str, Any]], say: Callable[[str], None]
+) -> _Facts:
     gates = bounds(config.select)
     columns = ["source", "verdict", "batch", "sha256", "pixel_sha256", "phash", "center_phash"]
     digests = pa.array([picture["sha256"] for picture in taken_down], pa.string())
@@ -195,6 +202,7 @@ def _read_facts(config: DatagenConfig, store: Store, taken_down: list[dict[str, 
         for name in ("sha256", "pixel_sha256"):
             candidates[name].append(hash_keys(part.column(name).filter(through)))
         start += part.num_rows
+        say(f"{start:,} rows of the inventory read")
     require_scores(config.select, scored, sum(len(rows) for rows in facts["measured"]))
     return _Facts(**_joined(facts), candidates=Candidates(**_joined(candidates)))
 

@@ -62,6 +62,16 @@ def test_a_log_tells_the_time_left(capsys: pytest.CaptureFixture[str], monkeypat
     assert capsys.readouterr().err.splitlines()[-1] == "[scan] 12/10000 images, 2.0 images/s, 1 h 23 min left"
 
 
+def test_a_log_tells_what_is_done_before_anything_is_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = Progress("select", 100, "images")
+    now = progress._start
+    monkeypatch.setattr("datagen.progress.time.monotonic", lambda: now + 6)
+    progress.advance(0, notes="looking for copies")
+    assert capsys.readouterr().err.splitlines()[-1] == "[select] 0/100 images, looking for copies"
+
+
 def test_what_was_found_done_has_no_part_in_the_rate(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,7 +147,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, features, H, W] -> the same shape."""
-        return x + self.conv2(F.relu(self.conv1(x))) * self.residual_scale
+        return torch.add(x, self.conv2(F.relu(self.conv1(x), inplace=True)), alpha=self.residual_scale)
 
 
 def _conv3x3(channels: int, out_channels: int) -> nn.Conv2d:

@@ -120,7 +120,9 @@ def test_select_writes_what_was_judged_and_counts_it(tmp_path: Path) -> None:
     store = store_of(tmp_path, demo_inventory(), demo_inventory(guard=True))
     facts = select(demo_config(), store)
     written = read_table(store, SELECTION)
-    assert written == pa.concat_tables(judge(demo_config(), store)).combine_chunks()
+    said: list[str] = []
+    assert written == pa.concat_tables(judge(demo_config(), store, said.append)).combine_chunks()
+    assert said[-3:] == [f"{len(written)} rows of the inventory read", "looking for leaks", "looking for copies"]
     counts = count_verdicts(written)
     assert {name: facts[name] for name in counts} == counts
     assert counts["inputs"] == 23 == counts["kept"] + sum(counts["rejected"].values()) + sum(counts["failed"].values())
