@@ -168,7 +168,8 @@ def _block(
 ) -> tuple[pa.Table, dict[str, np.ndarray]]:
     """Rows, and by kind the planted pairs (original, copy), of leaks (row, row), counted from the block's first row."""
     parents = generator.integers(len(pool), size=(count, 3))
-    weights = generator.dirichlet((4, 4, 4), count).astype(np.float32)
+    weights = generator.uniform(0.7, 1.3, (count, 3)).astype(np.float32)
+    weights /= weights.sum(axis=1, keepdims=True)
     thumbs = sum(weights[:, i, None, None] * pool[parents[:, i]].astype(np.float32) for i in range(3))
     thumbs = np.clip(np.rint(thumbs), 0, 255).astype(np.uint8)
     thumbnails = [shown[i // ORIENTATIONS] for i in parents[:, 0]]

@@ -2,7 +2,7 @@
 
 import collections
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,26 +101,36 @@ def near_copies(ranked: Candidates, thumbs: Thumbs, config: SelectConfig) -> Cop
     for.
     """
     group, pairs = near_pairs_among(ranked.phash, config.duplicate_radius)
-    neighbours = _neighbours(pairs)
     size = np.bincount(group, minlength=len(group))
     paired = np.zeros(len(group), dtype=bool)
     paired[pairs[:, :2]] = True
     involved = np.flatnonzero((size[group] > 1) | paired[group])
+    # From here on pictures and groups, named by their first, are places among those involved.
+    shared = size[involved] > 1
+    groups = np.searchsorted(involved, group[involved])
+    neighbours = _Neighbours(np.searchsorted(involved, pairs[:, :2]), pairs[:, 2:], len(involved))
+    del pairs, group, size, paired
     found: list[tuple[int, int, int, float]] = []
     if len(involved):
         with tempfile.TemporaryFile() as file:
             grey = np.memmap(file, np.uint8, "w+", shape=(len(involved), _PIXELS)).view(np.ndarray)
             there = _load(grey, ranked.row[involved], thumbs)
-            kept: dict[int, list[int]] = collections.defaultdict(list)
-            for place, name in enumerate(group[involved].tolist()):
+            alone = np.zeros(len(involved), dtype=bool)  # kept, the one picture of its group
+            kept: dict[int, list[int]] = collections.defaultdict(list)  # of groups of several
+            for place, name in enumerate(groups.tolist()):
                 rivals = [(rival, 0, 0) for rival in kept.get(name, ())]
-                for other, turn, distance in neighbours.get(name, ()):
-                    rivals += [(rival, turn, distance) for rival in kept.get(other, ())]
+                for other, turn, distance in neighbours.of(name):
+                    if alone[other]:
+                        rivals.append((other, turn, distance))
+                    else:
+                        rivals += [(rival, turn, distance) for rival in kept.get(other, ())]
                 match = _first_like(place, sorted(rivals), grey, there, config.duplicate_correlation)
                 if match:
                     found.append((place, *match))
-                else:
+                elif shared[name]:
                     kept[name].append(place)
+                else:
+                    alone[place] = True
     columns = np.array(found, dtype=np.float64).reshape(-1, 4)
     return Copies(
         copy=involved[columns[:, 0].astype(np.int64)],
@@ -141,13 +151,27 @@ def _first_alike(*keys: np.ndarray) -> np.ndarray:
     return first
 
 
-def _neighbours(pairs: np.ndarray) -> dict[int, list[tuple[int, int, int]]]:
-    """Of each group the others near to it: (group, how to turn a member of this one to match it, distance)."""
-    found: dict[int, list[tuple[int, int, int]]] = collections.defaultdict(list)
-    for first, second, orientation, distance in pairs.tolist():
-        found[first].append((second, orientation, distance))
-        found[second].append((first, ORIENTATIONS + orientation, distance))
-    return found
+class _Neighbours:
+    """Of each group the others near to it, in 10 bytes each way: chance pairs grow with the square of the pictures."""
+
+    def __init__(self, pairs: np.ndarray, told: np.ndarray, groups: int) -> None:
+        """
+        Args:
+            pairs: int64 [K, 2], groups.
+            told: int64 [K, 2], orientation of the first of a pair and distance.
+        """
+        owner = pairs.T.reshape(-1)
+        order = np.argsort(owner, kind="stable")
+        self._starts = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=groups))])
+        self._others = pairs[:, ::-1].T.reshape(-1)[order]
+        orientation, distance = told.astype(np.uint8).T
+        self._turns = np.concatenate([orientation, ORIENTATIONS + orientation])[order]
+        self._distances = np.concatenate([distance, distance])[order]
+
+    def of(self, group: int) -> Iterator[tuple[int, int, int]]:
+        """(group, how to turn a member of this one to match it, distance)."""
+        some = slice(self._starts[group], self._starts[group + 1])
+        return zip(self._others[some].tolist(), self._turns[some].tolist(), self._distances[some].tolist())
 
 
 def _turns() -> np.ndarray:
