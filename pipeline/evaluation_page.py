@@ -74,19 +74,16 @@ def write_page(
     path: Path, rows: list[dict[str, Any]], summary: dict[str, Any], crops: Sequence[Crop], protocol: Protocol
 ) -> None:
     """Write the page; it asks for nothing but itself."""
-    page = (
-        templates(_TEMPLATES)
-        .get_template("evaluation.html")
-        .render(
-            style=(_TEMPLATES / "report.css").read_text(),
-            rows=rows,
-            summary=summary,
-            about=protocol.about,
-            before="bicubic" if summary["scale"] > 1 else "input",
-            more=[name for name in ("niqe", "lpips") if name in rows[0]],
-            worst=_first_of_each(sorted(crops[0::2], key=lambda crop: -crop.error), summary),
-            best=_first_of_each(sorted(crops[1::2], key=lambda crop: -crop.gain), summary),
-        )
+    template = templates(_TEMPLATES).get_template("evaluation.html")
+    page = template.render(
+        style=(_TEMPLATES / "report.css").read_text(),
+        rows=rows,
+        summary=summary,
+        about=protocol.about,
+        before="bicubic" if summary["scale"] > 1 else "input",
+        more=[name for name in ("niqe", "lpips") if name in rows[0]],
+        worst=_first_of_each(sorted(crops[0::2], key=lambda crop: -crop.error), summary),
+        best=_first_of_each(sorted(crops[1::2], key=lambda crop: -crop.gain), summary),
     )
     write_atomically(path, page.encode())
 

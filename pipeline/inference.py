@@ -80,7 +80,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What MZSR's network has learnt from a picture, and the blur that it was told or found; None: it is too small."""
+    """What MZSR's network has learnt from a picture, and the blur that it was told or found."""
 
     kernel: torch.Tensor
     adapted: Adapted
@@ -252,6 +252,9 @@ def adapt_together(
     It looks at no more than one tile from the middle of each, because its memory grows with the picture. Middles of one
     size are done at once (``adapt_many``), with as much memory as all of them take; what is learnt is that of one after
     the other to rounding.
+
+    Returns:
+        None for a picture that is too small to be shrunk and still hold its blur.
 
     Raises:
         ValueError: the options do not suit the model.

@@ -45,9 +45,7 @@ class MetaConfig(Config):
     tasks: Positive = 5  # a task is one blur kernel; data.batch = tasks x 2 x patches_per_set
     patches_per_set: Positive = 8  # support patches, and as many query patches of other pictures
     inner_steps: Positive = 5
-    # Plain SGD. The export says it, and adaptations are in proportion. A hundred thousand steps make weights that small
-    # steps move; in few, larger ones are what lets a step say anything.
-    inner_lr: Rate = PUBLISHED_INNER_LR
+    inner_lr: Rate = PUBLISHED_INNER_LR  # plain SGD; the export says it, and the steps of adaptations are in proportion
     # The narrowest blur of a task, px^2. Less than the released 1.0 lets pictures that are nearly sharp be tasks too.
     least_variance: Annotated[float, Field(gt=0, le=2)] = 1.0
     # The query losses after each inner step are weighted equally at first; over these steps the weight
