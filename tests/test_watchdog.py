@@ -42,10 +42,16 @@ def start(folder: Path, tests: str, *options: str) -> "subprocess.Popen[str]":
 
 
 def gone(file: Path) -> bool:
-    try:
-        return psutil.Process(int(file.read_text())).status() == psutil.STATUS_ZOMBIE  # nobody has asked for it yet
-    except psutil.NoSuchProcess:
-        return True
+    """Whether the process ends: one that was killed stays for a moment where there is much to do."""
+    process_id = int(file.read_text())
+    for _ in range(300):
+        try:
+            if psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE:  # nobody has asked for it yet
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def test_a_test_that_heeds_no_limit_ends_with_its_children_and_the_next_one_runs(tmp_path: Path) -> None:
