@@ -59,6 +59,7 @@ class Progress:
     def __init__(self, step: str, total: int, unit: str) -> None:
         self._step, self._total, self._unit = step, total, unit
         self._start = time.monotonic()
+        self._counting = self._start
         self._next_line = self._start
         self._done = self._new = 0
         self._notes = ""
@@ -73,10 +74,14 @@ class Progress:
     ) -> None:
         """Count ``count`` units as done; those found done already (not ``fresh``) have no part in the rate.
 
+        The time until the first is counted has none either, where somebody told (a count of 0) what it was spent on.
+
         Args:
             notes: what else people should see.
             figures: what else a watcher should know, by name.
         """
+        if not count and not self._done:
+            self._counting = time.monotonic()
         self._done += count
         self._new += count if fresh else 0
         self._notes = notes or self._notes
@@ -98,7 +103,7 @@ class Progress:
         return time.monotonic() - self._start
 
     def _rate(self) -> float:
-        elapsed = time.monotonic() - self._start
+        elapsed = time.monotonic() - self._counting
         return self._new / elapsed if elapsed > 0 else 0.0
 
     def _told(self) -> str:

@@ -70,6 +70,13 @@ def test_a_log_tells_what_is_done_before_anything_is_counted(
     monkeypatch.setattr("datagen.progress.time.monotonic", lambda: now + 6)
     progress.advance(0, notes="looking for copies")
     assert capsys.readouterr().err.splitlines()[-1] == "[select] 0/100 images, looking for copies"
+    monkeypatch.setattr("datagen.progress.time.monotonic", lambda: now + 16)
+    progress.advance(20)
+    assert progress.finish() == 16
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "[select] 20/100 images, 2.0 images/s, looking for copies, 40 s left"
+    )
 
 
 def test_what_was_found_done_has_no_part_in_the_rate(
