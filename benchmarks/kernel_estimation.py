@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from datagen.degradations.kernels import MZSR_SIZE, gaussian_kernel
+from datagen.degradations.sensor import quantise
 from datagen.picture.region import decode_whole
 from training.adaptation import shrink_blurred
 from training.benchmark import to_batch
@@ -45,7 +46,7 @@ def main() -> None:
         kernel = gaussian_kernel(MZSR_SIZE, *blur)
         errors = []
         for picture in pictures:
-            low = (shrink_blurred(picture, kernel.float(), 2).clamp(0, 1) * 255).round() / 255
+            low = quantise(shrink_blurred(picture, kernel.float(), 2))
             started = time.process_time()
             found = estimate_kernel(low, 2)
             seconds += time.process_time() - started

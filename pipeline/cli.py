@@ -5,7 +5,7 @@ Imports of the floors below stand inside the commands, so that ``ird --help`` an
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -395,6 +395,22 @@ def report(root: Annotated[Path, typer.Argument(help="Folder of a demo run.")]) 
     from pipeline.report import write_report
 
     print(write_report(root, root / "report.html"))
+
+
+@app.command(
+    epilog="Examples:\n\n`ird curves runs/pretrain`\n\n"
+    "`ird curves runs/alternate runs/sandwich --over device_hours --out compared.png`",
+)
+def curves(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that training stages write (out=), finished or not.")],
+    over: Annotated[Literal["step", "device_hours"], typer.Option(help="What stands on the x axis.")] = "step",
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("curves.png"),
+) -> None:
+    """Draw loss and held-out PSNR of a training run, or of several over each other."""
+    from pipeline.curves import draw_curves
+
+    draw_curves(runs, out, over)
+    print(out)
 
 
 @app.command(epilog="Examples:\n\n`ird doctor`\n\n`ird doctor --hostfile hostfile --s3 s3://bucket/prefix`")

@@ -27,7 +27,7 @@ from training.ensemble import self_ensemble
 from training.export import CONFIG, WEIGHTS, ExportError, load_export
 from training.models import DyNetConfig, ModelConfig, scale_of, variants_of
 from training.models.inputs import check_variant
-from training.zero_shot import ZeroShotOptions, blur_of, enlarge_adapted, trained_for
+from training.zero_shot import ZeroShotOptions, blur_of, enlarge_adapted, trained_for, why_not_adapted
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -308,17 +308,10 @@ def _adapted(
 ) -> Forward:
     """The enlargement of a network that has adapted to a picture [1,3,H,W], or bicubic if that went wrong."""
     shot = _zero_shot_options(model, options)
-
-    def bicubic(tile: torch.Tensor) -> torch.Tensor:
-        return network_input(tile, shot.scale, shot.assumption)
-
-    if adaptation is None:
-        notify(f"too small to adapt to ({shape[-1]}x{shape[-2]}); enlarged by bicubic")
-        return bicubic
-    if not adaptation.adapted.helped:
-        before, after = adaptation.adapted.losses[0], adaptation.adapted.losses[-1]
-        notify(f"adaptation did not help (loss {before:.4f} before, {after:.4f} after); enlarged by bicubic")
-        return bicubic
+    if adaptation is None or not adaptation.adapted.helped:
+        reason = why_not_adapted(shape, adaptation.adapted if adaptation else None)
+        notify(f"{reason}; enlarged by bicubic")
+        return lambda tile: network_input(tile, shot.scale, shot.assumption)
     return lambda tile: enlarge_adapted(model.network, adaptation.adapted.weights, tile, adaptation.kernel, shot)
 
 

@@ -16,6 +16,7 @@ from pydantic import Field
 from datagen.degradations import degrade, load_recipe
 from datagen.degradations.kernels import gaussian_kernel
 from datagen.degradations.resample import imresize
+from datagen.degradations.sensor import quantise
 from datagen.picture.region import decode_whole
 from infra.config import Config, ConfigError
 from infra.files import publish_atomically, write_atomically
@@ -203,7 +204,7 @@ def _zero_shot(section: ZeroShot, pictures: dict[str, torch.Tensor], seed: int) 
     protocol = {"shave": scale, "y_only": True}
     steps = len(section.lrs)
     for name, clean in pictures.items():
-        low = shrink_blurred(clean, kernel, scale, assume.subsample).mul(255).round().div(255)
+        low = quantise(shrink_blurred(clean, kernel, scale, assume.subsample))
         target = to_picture(clean)
         task = f"blind_sr_x{scale}"
         yield task, name, CLEAN, target, target, protocol

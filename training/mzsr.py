@@ -18,6 +18,7 @@ from torch.nn import functional
 from datagen.degradations.kernels import EVALUATION_KERNELS, mzsr_kernel
 from datagen.degradations.random import generator
 from datagen.degradations.resample import imresize
+from datagen.degradations.sensor import quantise
 from infra.config import Config
 from training.adaptation import (
     PUBLISHED_INNER_LR,
@@ -170,7 +171,7 @@ def one_step_tasks(config: MZSRStageConfig) -> list[Task]:
 
         def corrupt(clean: Tensor, **keys: Any) -> tuple[Tensor, list[dict[str, Any]]]:
             low = shrink_blurred(clean, kernel.to(clean), config.scale, config.subsample)
-            return (low.clamp(0, 1) * 255).round() / 255, []
+            return quantise(low), []
 
         def restore(module: nn.Module, weights: Mapping[str, Tensor] | None, low: Tensor, variant: str) -> Tensor:
             with torch.enable_grad():

@@ -1,7 +1,7 @@
 """One call for a picture and a meta-trained network: which blur, how many steps, what if they do not help."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -11,6 +11,7 @@ from datagen.degradations.kernels import MZSR_SIZE, gaussian_kernel, kernel_name
 from infra.config import Config
 from training.adaptation import (
     PUBLISHED_INNER_LR,
+    Adapted,
     Assumption,
     adapt,
     back_project,
@@ -96,25 +97,28 @@ def enlarge_zero_shot(
     Args:
         kernel: the blur [k,k], in place of what ``options.kernel`` says.
         fallback: a network of the large-scale phase, which needs no adaptation.
-        notify: told when adaptation made its own loss no better, and what was done instead: the meta-trained weights
-            as they are would be worse than bicubic, which is the last resort.
+        notify: told when the picture is too small to adapt to, or adaptation made its own loss no better, and what was
+            done instead: the meta-trained weights as they are would be worse than bicubic, which is the last resort.
     """
     scale, assume = options.scale, options.assumption
-    if min(picture.shape[-2:]) < MZSR_SIZE * scale:
-        notify(f"too small to adapt to ({picture.shape[-1]}x{picture.shape[-2]}); enlarged by bicubic")
-        return network_input(picture, scale, assume).clamp(0, 1)
-    kernel = blur_of(picture, options).to(picture) if kernel is None else kernel.to(picture)
-    adapted = adapt(model, picture, kernel, scale, options.all_rates, assume)
-    weights: Mapping[str, Tensor] = adapted.weights
-    if not adapted.helped:
-        before, after = adapted.losses[0], adapted.losses[-1]
-        instead = "the large-scale weights" if fallback is not None else "bicubic"
-        notify(f"adaptation did not help (loss {before:.4f} before, {after:.4f} after); enlarged by {instead}")
+    adapted = None
+    if min(picture.shape[-2:]) >= MZSR_SIZE * scale:
+        kernel = blur_of(picture, options).to(picture) if kernel is None else kernel.to(picture)
+        adapted = adapt(model, picture, kernel, scale, options.all_rates, assume)
+    if adapted is None or kernel is None or not adapted.helped:
+        instead = "bicubic" if fallback is None else "the large-scale weights"
+        notify(f"{why_not_adapted(picture.shape, adapted)}; enlarged by {instead}")
         if fallback is None:
             return network_input(picture, scale, assume).clamp(0, 1)
-        model, weights = fallback, dict(fallback.named_parameters())
-        options = options.model_copy(update={"ensemble": False})
-    return enlarge_adapted(model, weights, picture, kernel, options).clamp(0, 1)
+        return enlarge(fallback, dict(fallback.named_parameters()), picture, scale, assume).clamp(0, 1)
+    return enlarge_adapted(model, adapted.weights, picture, kernel, options).clamp(0, 1)
+
+
+def why_not_adapted(shape: Sequence[int], adapted: Adapted | None) -> str:
+    """What to tell whoever gets no adapted network for a picture [..., H, W]; None: it was too small for one."""
+    if adapted is None:
+        return f"too small to adapt to ({shape[-1]}x{shape[-2]})"
+    return f"adaptation did not help (loss {adapted.losses[0]:.4f} before, {adapted.losses[-1]:.4f} after)"
 
 
 def enlarge_adapted(

@@ -1,6 +1,5 @@
 """Section "Curves": the loss of every training stage, as line charts that the template draws in SVG."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from infra.launcher import read_marker
+from pipeline.curves import read_history
 from pipeline.report.run import STAGES, TRAININGS
 
 # Geometry in SVG units, which are CSS pixels at full width.
@@ -52,25 +52,6 @@ class Chart:
 def curves(root: Path) -> list[tuple[str, Chart | None]]:
     """(label, chart) of every training stage, None for one that has logged nothing yet."""
     return [(STAGES[stage], _chart(root, stage)) for stage in TRAININGS]
-
-
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl by ascending step. Of a step logged twice, by a run that was resumed, the last counts.
-
-    A line that a kill cut short is passed over; a missing file is no history.
-    """
-    rows: dict[int, dict[str, Any]] = {}
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows[row["step"]] = row
-    return [rows[step] for step in sorted(rows)]
 
 
 def _chart(root: Path, stage: str) -> Chart | None:

@@ -21,6 +21,7 @@ from datagen.source.embedded import materialise
 from infra.config import dump_config
 from infra.storage import open_store
 from infra.tracking import TrackingConfig
+from pipeline.curves import read_history
 from pipeline.report import curves, write_report
 from pipeline.report.degradations import degradations
 from pipeline.report.results import results, task_title
@@ -235,7 +236,7 @@ def test_every_step_of_the_recipes_is_shown(run_folder: Path) -> None:
 
 
 def test_curves_survive_a_resume_and_a_torn_line(run_folder: Path) -> None:
-    history = curves.read_history(run_folder / "pretrain/out/metrics.jsonl")
+    history = read_history(run_folder / "pretrain/out/metrics.jsonl")
     assert [row["step"] for row in history] == [10, 20, 30]
     drawn = dict(curves.curves(run_folder))
     chart = drawn["DyNet co-pretraining"]
