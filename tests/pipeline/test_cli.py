@@ -21,6 +21,7 @@ COMMANDS = [
     "export",
     "models",
     "evaluate",
+    "curves",
     "report",
     "doctor",
     "serve",
