@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from infra.errors import Refusal
 from infra.files import publish_atomically
@@ -80,7 +81,11 @@ def _figure(losses: Lines, scores: Lines, label: str) -> Figure:
             axes.legend(fontsize="small")
     values = [value for points in losses.values() for _, value in points]
     if values and 0 < min(values) < max(values) / _LOG_FROM:
-        figure.axes[0].set_yscale("log")
+        axes = figure.axes[0]
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     return figure
 
 
