@@ -7,6 +7,7 @@ leaves simulated ones of any size).
 """
 
 import argparse
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -45,9 +46,11 @@ def main() -> None:
     _costs("dataset id, a sample", count // 10, lambda: dataset_id(SHARDS_SCHEMA.empty_table(), samples))
     if given.inventory:
         config = load_config(DatagenConfig, None, [f"out={given.inventory}"])
-        start = time.process_time()
+        start, memory = time.process_time(), psutil.Process().memory_info().rss
         plan = plan_shards(config, open_store(given.inventory))
-        print(f"plan of {plan.count} samples: {time.process_time() - start:.1f} CPU s")
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - memory
+        used = time.process_time() - start
+        print(f"plan of {plan.count} samples: {used:.1f} CPU s, at the peak {grown / plan.count:.0f} bytes a sample")
 
 
 def _costs(what: str, count: int, work: Callable[[], Any]) -> Any:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from datagen.config import DatagenConfig, PackConfig
 from datagen.dataset import PACK_FOLDER, SELECTION, DatasetError, canonical_json, read_table
-from datagen.scan.inventory import read_inventory, read_manifest
+from datagen.scan.inventory import read_manifest, read_part
 from datagen.select.tiles import Box
 from datagen.source.listing import Member, Picture
 from infra.storage import NotFoundError, Store
@@ -28,6 +28,7 @@ from infra.storage import NotFoundError, Store
 FORMAT_VERSION = 2
 # What a photograph costs as PNG; measured on 512x512 crops.
 _PNG_BITS_PER_PIXEL = 15.0
+_DIGESTS_AT_A_TIME = 65536  # as Python objects they are several times as large
 
 _INVENTORY_COLUMNS = [
     *("source", "root", "key", "container", "offset", "bytes", "version", "licence", "caption", "sha256"),
@@ -138,9 +139,6 @@ def plan_shards(config: DatagenConfig, store: Store) -> Plan:
         selection = read_table(store, SELECTION, ["source", "verdict", "batch", "tiles"])
     except NotFoundError:
         raise DatasetError(f"{store.uri}: no selection; `python -m datagen select` makes it") from None
-    inventory = read_inventory(store, _INVENTORY_COLUMNS)
-    if selection.column("source") != inventory.column("source"):
-        raise DatasetError(f"{store.uri}/{SELECTION}: not of this inventory; `python -m datagen select` renews it")
     tiles = selection.column("tiles").combine_chunks()
     counts = pc.fill_null(pc.list_value_length(tiles), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     dealt = np.flatnonzero(counts)
@@ -150,7 +148,7 @@ def plan_shards(config: DatagenConfig, store: Store) -> Plan:
     names = ("x", "y", "width", "height")
     boxes = np.stack([flat.field(name).to_numpy(zero_copy_only=False) for name in names], axis=1)
     first = np.cumsum(counts) - counts
-    pictures = inventory.take(pa.array(dealt))
+    pictures = _pictures(store, selection.column("source"), dealt)
     batch = selection.column("batch").to_numpy()[dealt]
     kept = pc.equal(selection.column("verdict"), "kept").to_numpy()[dealt]
     order = _picture_order(pictures, batch, config.seed)
@@ -191,10 +189,36 @@ def shuffle_key(seed: int, content: str) -> bytes:
     return hashlib.sha256(f"{seed}:{content}".encode()).digest()
 
 
+def _pictures(store: Store, sources: pa.ChunkedArray, dealt: np.ndarray) -> pa.Table:
+    """Inventory columns of the rows ``dealt``, int64, ascending; ``sources``: what the selection has for all rows.
+
+    In one piece, because rows of a column in pieces are found by putting it together anew each time; and never twice,
+    because it is most of the memory that a plan takes.
+    """
+    pieces: dict[str, list[pa.Array]] = {name: [] for name in _INVENTORY_COLUMNS}
+    first = 0
+    for part in read_manifest(store)["parts"]:
+        rows = read_part(store, part["key"], _INVENTORY_COLUMNS)
+        end = first + rows.num_rows
+        if sources.slice(first, rows.num_rows) != rows.column("source"):
+            break
+        here = dealt[np.searchsorted(dealt, first) : np.searchsorted(dealt, end)] - first
+        for name, column in zip(_INVENTORY_COLUMNS, rows.take(pa.array(here)).columns):
+            pieces[name] += column.chunks
+        first = end
+    else:
+        if first == len(sources):
+            return pa.table({name: pa.concat_arrays(pieces.pop(name)) for name in _INVENTORY_COLUMNS})
+    raise DatasetError(f"{store.uri}/{SELECTION}: not of this inventory; `python -m datagen select` renews it")
+
+
 def _picture_order(pictures: pa.Table, batch: np.ndarray, seed: int) -> np.ndarray:
-    digests = [shuffle_key(seed, sha256) for sha256 in pictures.column("sha256").to_pylist()]
     # numpy compares fixed-size bytes like strings and would drop trailing zeros; big-endian numbers sort as the digest.
-    words = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 4)
+    words = np.empty((pictures.num_rows, 4), dtype=">u8")
+    for first in range(0, len(words), _DIGESTS_AT_A_TIME):
+        some = pictures.column("sha256").slice(first, _DIGESTS_AT_A_TIME).to_pylist()
+        digests = b"".join(shuffle_key(seed, sha256) for sha256 in some)
+        words[first : first + len(some)] = np.frombuffer(digests, dtype=">u8").reshape(-1, 4)
     return np.lexsort((words[:, 3], words[:, 2], words[:, 1], words[:, 0], batch))
 
 

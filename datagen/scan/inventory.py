@@ -103,16 +103,19 @@ def read_rows(store: Store, columns: Sequence[str], indices: np.ndarray, *, guar
     """
     parts = read_manifest(store)["guard_parts" if guard else "parts"]
     edges = np.cumsum([0, *(part["rows"] for part in parts)])
-    schema = pa.schema([INVENTORY_SCHEMA.field(name) for name in columns])
     order = np.argsort(indices, kind="stable")
-    found = [schema.empty_table()]
-    for index in np.unique(np.searchsorted(edges, indices, side="right") - 1):
-        here = indices[order]
-        here = here[(here >= edges[index]) & (here < edges[index + 1])] - edges[index]
-        found.append(read_part(store, parts[index]["key"], columns).take(pa.array(here)))
+    ascending = indices[order]
+    cuts = np.searchsorted(ascending, edges)
+    found = [pa.schema([INVENTORY_SCHEMA.field(name) for name in columns]).empty_table()]
+    for part, edge, first, last in zip(parts, edges, cuts, cuts[1:]):
+        if first < last:
+            found.append(read_part(store, part["key"], columns).take(pa.array(ascending[first:last] - edge)))
+    table = pa.concat_tables(found)
+    if np.array_equal(ascending, indices):
+        return table  # a second table of it would be as large
     places = np.empty_like(order)
     places[order] = np.arange(len(order))
-    return pa.concat_tables(found).take(pa.array(places))
+    return table.take(pa.array(places))
 
 
 def read_part(store: Store, key: str, columns: Sequence[str] | None = None) -> pa.Table:
