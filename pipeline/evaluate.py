@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
 from rich.table import Table
 
 from datagen.config import SelectConfig
@@ -96,33 +98,36 @@ def evaluate_folder(benchmark: Benchmark, options: EvaluateOptions, console: Con
     protocol_name, protocol = benchmark.compared_by()
     files = picture_files(benchmark)
     scale, tasks = benchmark.condition.scale, tasks_of(benchmark.condition)
-    method, model = _method(benchmark, options)
+    status = console.status("")
+    method, model = _method(benchmark, options, status)
     distance = _perceptual_distance(options.lpips) if options.lpips else None
     pristine = load_pristine() if options.niqe else None
     leaks = _leaks(files, options, model, console)
     rows: list[dict[str, Any]] = []
     crops: list[Crop] = []
-    for task, make_input in tasks.items():
-        for name, path in files.items():
-            clean = read_clean(path, scale)
-            given = make_input(name, clean, benchmark.seed)
-            notes: list[str] = []
-            started = time.perf_counter()
-            restored = method(given, notes.append)
-            seconds = time.perf_counter() - started
-            before = bicubic(given, scale) if scale > 1 else given
-            row = {"task": task, "picture": name, "height": clean.shape[0], "width": clean.shape[1]}
-            row |= _compared(protocol, restored, clean, scale)
-            row |= {f"{key}_before": value for key, value in _compared(protocol, before, clean, scale).items()}
-            row |= {"seconds": seconds, "leak": leaks.get(name, ""), "note": "; ".join(notes)}
-            if pristine is not None:
-                row["niqe"] = niqe(luma(restored), pristine, patches=None)
-            if distance is not None:
-                row["lpips"] = distance(restored, clean)
-            rows.append(row)
-            if options.out:
-                crops += crops_of(task, name, before, restored, clean)
-            console.print(_line(row), markup=False, highlight=False, soft_wrap=True)
+    with status:
+        for task, make_input in tasks.items():
+            for name, path in files.items():
+                status.update(f"{len(rows) + 1} of {len(tasks) * len(files)}: {escape(name)}")
+                clean = read_clean(path, scale)
+                given = make_input(name, clean, benchmark.seed)
+                notes: list[str] = []
+                started = time.perf_counter()
+                restored = method(given, notes.append)
+                seconds = time.perf_counter() - started
+                before = bicubic(given, scale) if scale > 1 else given
+                row = {"task": task, "picture": name, "height": clean.shape[0], "width": clean.shape[1]}
+                row |= _compared(protocol, restored, clean, scale)
+                row |= {f"{key}_before": value for key, value in _compared(protocol, before, clean, scale).items()}
+                row |= {"seconds": seconds, "leak": leaks.get(name, ""), "note": "; ".join(notes)}
+                if pristine is not None:
+                    row["niqe"] = niqe(luma(restored), pristine, patches=None)
+                if distance is not None:
+                    row["lpips"] = distance(restored, clean)
+                rows.append(row)
+                if options.out:
+                    crops += crops_of(task, name, before, restored, clean)
+                console.print(_line(row), markup=False, highlight=False, soft_wrap=True)
     summary = _summary(rows, benchmark, protocol_name, options, model)
     _print(rows, summary, protocol, console)
     if options.out:
@@ -137,7 +142,7 @@ def _compared(protocol: Protocol, restored: np.ndarray, clean: np.ndarray, scale
     return protocol.compare(restored, clean, scale)
 
 
-def _method(benchmark: Benchmark, options: EvaluateOptions) -> tuple[Method, LoadedModel | None]:
+def _method(benchmark: Benchmark, options: EvaluateOptions, status: Status) -> tuple[Method, LoadedModel | None]:
     scale = benchmark.condition.scale
     if options.model == BICUBIC:
         if scale == 1:
@@ -150,7 +155,7 @@ def _method(benchmark: Benchmark, options: EvaluateOptions) -> tuple[Method, Loa
     if options.model == ZSSR:
         if scale == 1:
             raise ConfigError("--model zssr: enlarges, so it needs --scale")
-        return _zssr(benchmark.condition, options), None
+        return _zssr(benchmark.condition, options, status), None
     model = resolve_model(options.model, options.tracking)
     if model.adapts:
         if scale == 1:
@@ -220,7 +225,7 @@ def _blur(condition: Condition, options: EvaluateOptions) -> tuple[torch.Tensor 
     return kernel_named(condition.kernel).float() if condition.kernel else torch.ones(1, 1), ""
 
 
-def _zssr(condition: Condition, options: EvaluateOptions) -> Method:
+def _zssr(condition: Condition, options: EvaluateOptions, status: Status) -> Method:
     kernel, assumed = _blur(condition, options)
     wanted = ZeroShotOptions(scale=condition.scale, kernel=assumed, subsample=condition.subsample)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -231,7 +236,15 @@ def _zssr(condition: Condition, options: EvaluateOptions) -> Method:
             notify("too small to train on; enlarged by bicubic")
             return bicubic(given, condition.scale)
         blur = (blur_of(image, wanted) if kernel is None else kernel).to(image)
-        trained = zssr(image, blur, condition.scale, options.zssr, wanted.assumption)
+        at = status.status
+        trained = zssr(
+            image,
+            blur,
+            condition.scale,
+            options.zssr,
+            wanted.assumption,
+            tell=lambda text: status.update(f"{at}, {text}"),
+        )
         notify(f"{trained.steps} steps")
         return to_picture(trained.picture.cpu())
 

@@ -7,7 +7,8 @@ back-projections. The network has biases, as MZSR's has; ZSSR's own has none.
 """
 
 import time
-from typing import Annotated, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,11 +53,12 @@ def zssr(
     options: ZSSROptions,
     assume: Assumption | None = None,
     network: MZSRConfig | None = None,
+    tell: Callable[[str], Any] | None = None,
 ) -> Trained:
     """Train on ``picture`` [1,3,H,W] in [0, 1], made smaller by ``kernel`` [k,k], and enlarge it.
 
     Crops are turned and mirrored as far as the blur looks the same then, and so is the picture for the mean over them.
-    A function of its arguments: crops are drawn from the seed.
+    A function of its arguments: crops are drawn from the seed. ``tell`` hears every 60 steps how far it is.
     """
     started = time.perf_counter()
     assume = assume or Assumption()
@@ -84,6 +86,9 @@ def zssr(
         optimizer.step()
         losses.append(float(loss.detach()))
         since += 1
+        if tell and len(losses) % _LOOK_EVERY == 0:
+            rate = optimizer.param_groups[0]["lr"]
+            tell(f"step {len(losses)} of at most {options.steps}, loss {losses[-1]:.4f}, learning rate {rate:.0e}")
         if since >= _LOOK_BACK and since % _LOOK_EVERY == 0 and _is_flat(losses[-_LOOK_BACK:]):
             optimizer.param_groups[0]["lr"] /= 10
             since = 0
