@@ -3,6 +3,7 @@
 Imports of the floors below stand inside the commands, so that ``ird --help`` answers at once.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -363,7 +364,9 @@ def evaluate(
     niqe: Annotated[bool, typer.Option("--niqe", help="Also the score without reference.")] = False,
     lpips: Annotated[str, typer.Option(metavar="FILE", help="Also a perceptual distance: your TorchScript.")] = "",
     seed: Annotated[int, typer.Option(help="Another seed draws other noise.")] = 0,
-    out: Annotated[str, typer.Option(help="Keep table, page with best and worst places, and an MLflow run.")] = "",
+    out: Annotated[
+        str, typer.Option(help="Keep table, page with best and worst places, the pictures, and an MLflow run.")
+    ] = "",
     tile: Annotated[int, typer.Option(help="Side of the tiles, pixels; 0: whole pictures.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the means on standard output.")] = False,
     config: ConfigFile = None,
@@ -379,6 +382,7 @@ def evaluate(
     if not model or len(arguments or []) != 1:
         raise ConfigError("give --model and one FOLDER, or --config FILE; see `ird evaluate --help`")
     from pipeline.evaluate import evaluate_from_command_line
+    from pipeline.resumable import resumable
 
     given = {"scale": scale, "kernel": kernel, "subsample": subsample, "sigma": sigma, "recipe": recipe}
     given["chains"] = tuple(chains.split(",")) if chains else ()
@@ -386,7 +390,9 @@ def evaluate(
     options |= {"back_projections": back_projections, "dataset": dataset, "niqe": niqe, "lpips": lpips, "out": out}
     options |= {"tile": tile, "zssr": {"steps": zssr_steps, "bf16": zssr_bf16}}
     (folder,) = arguments or []
-    raise typer.Exit(evaluate_from_command_line(folder, given, protocol, seed, options, as_json=as_json))
+    with resumable() if out else contextlib.nullcontext():
+        code = evaluate_from_command_line(folder, given, protocol, seed, options, as_json=as_json)
+    raise typer.Exit(code)
 
 
 @app.command(epilog="Example:\n\n`ird report runs/demo`")

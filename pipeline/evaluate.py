@@ -18,7 +18,7 @@ from rich.status import Status
 from rich.table import Table
 
 from datagen.config import SelectConfig
-from datagen.dataset import read_dataset_json
+from datagen.dataset import code_version, read_dataset_json
 from datagen.degradations.kernels import MZSR_SIZE, kernel_named
 from datagen.picture.niqe import load_model as load_pristine
 from datagen.picture.niqe import niqe
@@ -29,6 +29,7 @@ from infra.files import publish_atomically, write_atomically
 from infra.storage import open_store
 from infra.tracking import Tracker, TrackingConfig
 from pipeline.evaluation_page import Crop, crops_of, write_page
+from pipeline.evaluation_pictures import UNFINISHED, Restored, RestoredPictures
 from pipeline.inference import LoadedModel, RestoreOptions, restore_array
 from pipeline.restore import resolve_model
 from training.adaptation import Assumption, enlarge
@@ -89,7 +90,8 @@ def evaluate_folder(benchmark: Benchmark, options: EvaluateOptions, console: Con
     """Measure ``options.model`` on the pictures of ``benchmark``; say what is going on to ``console``.
 
     With ``options.out``: ``pictures.parquet`` (a row a picture), ``results.json`` (the summary), ``report.html`` with
-    the best and the worst places, and an MLflow run with the means.
+    the best and the worst places, the restored pictures, and an MLflow run with the means. Interrupted and run again,
+    it goes on with the next picture.
 
     Raises:
         ConfigError: pictures, model, protocol or options do not suit one another.
@@ -105,21 +107,29 @@ def evaluate_folder(benchmark: Benchmark, options: EvaluateOptions, console: Con
     leaks = _leaks(files, options, model, console)
     rows: list[dict[str, Any]] = []
     crops: list[Crop] = []
+    kept = None
+    if options.out:
+        kept = RestoredPictures(Path(options.out), _request(benchmark, options, model))
+        if kept.known:
+            told = f"goes on after an evaluation that was interrupted: {kept.known} restored already in {options.out}"
+            console.print(f"{told}; delete {UNFINISHED} there to begin anew", markup=False, soft_wrap=True)
     with status:
         for task, make_input in tasks.items():
             for name, path in files.items():
                 status.update(f"{len(rows) + 1} of {len(tasks) * len(files)}: {escape(name)}")
                 clean = read_clean(path, scale)
                 given = make_input(name, clean, benchmark.seed)
-                notes: list[str] = []
-                started = time.perf_counter()
-                restored = method(given, notes.append)
-                seconds = time.perf_counter() - started
+                made = kept.find(task, name, given) if kept else None
+                if made is None:
+                    made = _restored(method, given)
+                    if kept:
+                        kept.keep(task, name, given, made)
+                restored = made.picture
                 before = bicubic(given, scale) if scale > 1 else given
                 row = {"task": task, "picture": name, "height": clean.shape[0], "width": clean.shape[1]}
                 row |= _compared(protocol, restored, clean, scale)
                 row |= {f"{key}_before": value for key, value in _compared(protocol, before, clean, scale).items()}
-                row |= {"seconds": seconds, "leak": leaks.get(name, ""), "note": "; ".join(notes)}
+                row |= {"seconds": made.seconds, "leak": leaks.get(name, ""), "note": made.note}
                 if pristine is not None:
                     row["niqe"] = niqe(luma(restored), pristine, patches=None)
                 if distance is not None:
@@ -132,8 +142,27 @@ def evaluate_folder(benchmark: Benchmark, options: EvaluateOptions, console: Con
     _print(rows, summary, protocol, console)
     if options.out:
         _keep(Path(options.out), rows, summary, crops, protocol, options)
-        console.print(f"page, table and summary: {options.out}", markup=False, highlight=False, soft_wrap=True)
+    if kept:
+        kept.finish()
+        console.print(
+            f"page, table, summary and restored pictures: {options.out}", markup=False, highlight=False, soft_wrap=True
+        )
     return Evaluation(rows, summary)
+
+
+def _restored(method: Method, given: np.ndarray) -> Restored:
+    notes: list[str] = []
+    started = time.perf_counter()
+    picture = method(given, notes.append)
+    return Restored(picture, time.perf_counter() - started, "; ".join(notes))
+
+
+def _request(benchmark: Benchmark, options: EvaluateOptions, model: LoadedModel | None) -> dict[str, Any]:
+    """All that a restored picture depends on besides what went in."""
+    measured = {"dataset", "niqe", "lpips", "out", "tracking"}
+    request = options.model_dump(mode="json", exclude=measured)
+    request |= {"model_sha256": model.sha256 if model else "", "version": code_version()}
+    return request | {"condition": benchmark.condition.model_dump(mode="json")}
 
 
 def _compared(protocol: Protocol, restored: np.ndarray, clean: np.ndarray, scale: int) -> dict[str, float]:
@@ -335,7 +364,7 @@ def _summary(
     if options.model == ZSSR:
         summary |= {"zssr": options.zssr.model_dump(mode="json"), "assume": options.assume}
     if model is not None and model.adapts:
-        summary |= {"steps": options.steps, "assume": options.assume}
+        summary |= {"steps": options.steps, "assume": options.assume, "back_projections": options.back_projections}
         summary["alignment"] = trained_for(model.metadata)["alignment"]
     if len(tasks) > 1:
         summary["tasks"] = {task: _means([row for row in rows if row["task"] == task]) for task in tasks}

@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from typer.testing import CliRunner
 
 from datagen.dataset import read_samples
 from datagen.degradations.resample import imresize
+from datagen.picture.region import decode_whole
 from datagen.source.embedded import corpus_files
 from infra.config import ConfigError
 from infra.storage import open_store
@@ -23,7 +28,8 @@ from infra.tracking import TrackingConfig
 from pipeline.cli import app
 from pipeline.evaluate import EvaluateOptions, Evaluation, evaluate_folder, to_json
 from pipeline.evaluation_page import crops_of
-from training.benchmark import Benchmark, Condition, bicubic, to_batch, to_picture
+from pipeline.evaluation_pictures import UNFINISHED, Restored, RestoredPictures
+from training.benchmark import Benchmark, Condition, bicubic, picture_files, read_clean, to_batch, to_picture
 from training.ensemble import self_ensemble
 from training.export import load_export, save_export
 from training.metrics import PROTOCOLS, compare
@@ -138,6 +144,10 @@ def test_what_is_kept(exports: Path, pictures: Path, tmp_path: Path) -> None:
     assert [row["psnr"] for row in table] == [row["psnr"] for row in evaluation.rows]
     assert all(0 < row["lpips"] < 2 for row in table)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["psnr"] == evaluation.summary["psnr"]
+    for row in table:
+        kept = decode_whole((tmp_path / "out" / "restored" / row["task"] / f"{row['picture']}.png").read_bytes())
+        clean = read_clean(picture_files(benchmark)[row["picture"]], 2)
+        assert PROTOCOLS["sr-y"].compare(kept, clean, 2)["psnr"] == row["psnr"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/jpeg") == 2 * 4 * 3
     assert f"{evaluation.summary['psnr']:.2f} dB" in page and "://" not in page
@@ -147,6 +157,56 @@ def test_what_is_kept(exports: Path, pictures: Path, tmp_path: Path) -> None:
     run = client.get_run(json.loads((tmp_path / "out" / "mlflow.json").read_text())["run_id"])
     assert run.data.metrics["psnr"] == pytest.approx(evaluation.summary["psnr"])
     assert run.data.tags["ird.dataset_id"] == "0123456789abcdef"
+
+
+def test_killed_it_goes_on_with_the_next_picture(pictures: Path, tmp_path: Path) -> None:
+    def command(out: str) -> list[str]:
+        program = [str(Path(sys.executable).with_name("ird")), "evaluate", "--model", "zssr", "--zssr-steps", "60"]
+        return [*program, "--scale", "2", "--out", str(tmp_path / out), str(pictures)]
+
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "OMP_NUM_THREADS": "1"}
+    record = tmp_path / "killed" / UNFINISHED
+    process = subprocess.Popen(command("killed"), env=environment, stderr=subprocess.DEVNULL)
+    while not record.exists() or not record.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    before = [json.loads(line) for line in record.read_text().splitlines()]
+    assert 0 < len(before) < 4
+    with open(record, "a") as file:
+        file.write('{"task": "x2-bicubic", "pic')  # as a kill in the middle of a line leaves it
+
+    tables = {}
+    for out in ("killed", "whole"):
+        done = subprocess.run(command(out), env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert ("goes on after" in done.stdout + done.stderr) == (out == "killed")
+        assert not (tmp_path / out / UNFINISHED).exists()
+        tables[out] = pq.read_table(tmp_path / out / "pictures.parquet").to_pylist()
+    for entry, row in zip(before, tables["killed"]):
+        assert (entry["picture"], entry["seconds"]) == (row["picture"], row["seconds"])  # not made again
+    for rows in tables.values():
+        for row in rows:
+            del row["seconds"]
+    assert tables["killed"] == tables["whole"]
+
+
+def test_only_the_same_question_is_taken_up(tmp_path: Path) -> None:
+    given = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    made = Restored(np.full((4, 4, 3), 7, np.uint8), 2.5, "a note")
+    RestoredPictures(tmp_path, {"steps": 1}).keep("x2", "one", given, made)
+    again = RestoredPictures(tmp_path, {"steps": 1})
+    found = again.find("x2", "one", given)
+    assert found is not None and np.array_equal(found.picture, made.picture) and found[1:] == made[1:]
+    assert again.find("x2", "one", given + 1) is None and again.find("x3", "one", given) is None
+    path = tmp_path / "restored" / "x2" / "one.png"
+    path.write_bytes(path.read_bytes() + b"!")
+    assert again.find("x2", "one", given) is None
+    path.unlink()
+    assert again.find("x2", "one", given) is None
+    assert RestoredPictures(tmp_path, {"steps": 2}).known == 0
+    assert RestoredPictures(tmp_path, {"steps": 1}).known == 0  # what does not count is not kept for later
 
 
 def test_the_worst_and_the_best_place_of_a_picture() -> None:
