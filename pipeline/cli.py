@@ -410,7 +410,7 @@ def report(root: Annotated[Path, typer.Argument(help="Folder of a demo run.")]) 
 def curves(
     runs: Annotated[list[Path], typer.Argument(help="Folders that training stages write (out=), finished or not.")],
     over: Annotated[Literal["step", "device_hours"], typer.Option(help="What stands on the x axis.")] = "step",
-    out: Annotated[Path, typer.Option(help="The picture.")] = Path("curves.png"),
+    out: Annotated[Path, typer.Option(help="The picture, .png or .pdf.")] = Path("curves.png"),
 ) -> None:
     """Draw loss and held-out PSNR of a training run, or of several over each other."""
     from pipeline.curves import draw_curves

@@ -17,6 +17,8 @@ Lines = dict[str, list[tuple[float, float]]]
 
 _LABELS = {"step": "step", "device_hours": "hours of all devices"}
 _LOG_FROM = 3.0  # ratio of largest to smallest loss from which a linear axis hides the end of the curve
+# What a format says of when and by what it was written, which would make two pictures of the same runs differ.
+_FORMATS = {".png": "Software", ".pdf": "CreationDate"}
 _ONLY = "default"  # the variant of networks that have one
 _MOST_LINES = 12  # beyond it a legend says nothing
 
@@ -42,15 +44,19 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(runs: Sequence[Path], path: Path, over: Over = "step") -> None:
-    """Write a PNG of the losses of ``runs``, folders that a training stage wrote, and of their held-out PSNR if they
-    were validated: of one run every variant and task, of several the mean of each variant over the tasks.
+    """Draw the losses of ``runs``, folders that a training stage wrote, and their held-out PSNR if they were validated:
+    of one run every variant and task, of several the mean of each variant over the tasks.
 
     Args:
+        path: the picture, .png or .pdf.
         over: what stands on the x axis. Hours of all devices make runs comparable whose steps cost differently.
 
     Raises:
-        Refusal: a run has logged nothing yet, is none, or was given twice; its message names the folder.
+        Refusal: a run has logged nothing yet, is none, or was given twice; its message names the folder. Or ``path``
+            has another suffix.
     """
+    if path.suffix not in _FORMATS:
+        raise Refusal(f"{path}: cannot be drawn; give a name that ends in one of {', '.join(_FORMATS)}")
     losses: Lines = {}
     scores: Lines = {}
     for run, name in zip(runs, _names(runs)):
@@ -63,7 +69,7 @@ def draw_curves(runs: Sequence[Path], path: Path, over: Over = "step") -> None:
         validated = read_history(run / "validation.jsonl")
         scores |= _lines(name, validated, _scores if len(runs) == 1 else _mean_scores, over)
     with publish_atomically(path) as temporary:
-        _figure(losses, scores, _LABELS[over]).savefig(temporary, format="png", metadata={"Software": None})
+        _figure(losses, scores, _LABELS[over]).savefig(temporary, metadata={_FORMATS[path.suffix]: None})
 
 
 def _figure(losses: Lines, scores: Lines, label: str) -> Figure:

@@ -1,6 +1,7 @@
 """``ird curves``: what of a run's records is drawn, under which name."""
 
 import json
+import time
 from pathlib import Path
 
 import cv2
@@ -78,7 +79,19 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
         draw_curves([_run(tmp_path / "run"), tmp_path / "empty"], tmp_path / "curves.png")
     with pytest.raises(Refusal, match="given twice"):
         draw_curves([tmp_path / "run", tmp_path / "run" / "."], tmp_path / "curves.png")
-    assert not (tmp_path / "curves.png").exists()
+    with pytest.raises(Refusal, match=r"curves\.bmp: .*\.png, \.pdf"):
+        draw_curves([tmp_path / "run"], tmp_path / "curves.bmp")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".pdf"])
+def test_the_same_runs_give_the_same_bytes(tmp_path: Path, suffix: str) -> None:
+    run = _run(tmp_path / "run", DYNET)
+    made = [tmp_path / f"{name}{suffix}" for name in ("first", "second")]
+    for path in made:
+        draw_curves([run], path)
+        time.sleep(1.1)  # dates in files are of seconds
+    assert made[0].read_bytes() == made[1].read_bytes()
 
 
 def test_losses_far_apart_stand_on_a_logarithmic_axis() -> None:
