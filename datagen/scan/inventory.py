@@ -110,12 +110,9 @@ def read_rows(store: Store, columns: Sequence[str], indices: np.ndarray, *, guar
     for part, edge, first, last in zip(parts, edges, cuts, cuts[1:]):
         if first < last:
             found.append(read_part(store, part["key"], columns).take(pa.array(ascending[first:last] - edge)))
-    table = pa.concat_tables(found)
-    if np.array_equal(ascending, indices):
-        return table  # a second table of it would be as large
     places = np.empty_like(order)
     places[order] = np.arange(len(order))
-    return table.take(pa.array(places))
+    return pa.concat_tables(found).take(pa.array(places))
 
 
 def read_part(store: Store, key: str, columns: Sequence[str] | None = None) -> pa.Table:
