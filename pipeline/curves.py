@@ -43,6 +43,11 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
+def loss_lines(history: Sequence[Mapping[str, Any]], over: Over = "step") -> Lines:
+    """(x, loss) of each loss in lines of a metrics.jsonl, by name; what is not finite is left out."""
+    return _lines(history, _losses, over)
+
+
 def draw_curves(runs: Sequence[Path], path: Path, over: Over = "step") -> None:
     """Draw the losses of ``runs``, folders that a training stage wrote, and their held-out PSNR if they were validated:
     of one run every variant and task, of several the mean of each variant over the tasks.
@@ -65,9 +70,10 @@ def draw_curves(runs: Sequence[Path], path: Path, over: Over = "step") -> None:
             raise Refusal(
                 f"{run}: no metrics.jsonl with a step in it; give what was out= of a stage that has logged one"
             )
-        losses |= _lines(name, history, _losses, over)
-        validated = read_history(run / "validation.jsonl")
-        scores |= _lines(name, validated, _scores if len(runs) == 1 else _mean_scores, over)
+        measured = _lines(read_history(run / "validation.jsonl"), _scores if len(runs) == 1 else _mean_scores, over)
+        for loss, points in loss_lines(history, over).items():
+            losses[f"{name} {loss.replace('_', ' ')}".strip()] = points
+        scores |= {f"{name} {label}".strip(): points for label, points in measured.items()}
     with publish_atomically(path) as temporary:
         _figure(losses, scores, _LABELS[over]).savefig(temporary, metadata={_FORMATS[path.suffix]: None})
 
@@ -108,18 +114,18 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 
 def _lines(
-    name: str, history: Sequence[Mapping[str, Any]], values: Callable[[Mapping[str, Any]], dict[str, float]], over: Over
+    history: Sequence[Mapping[str, Any]], values: Callable[[Mapping[str, Any]], dict[str, float]], over: Over
 ) -> Lines:
     lines: Lines = {}
     for row in history:
         for label, value in values(row).items():
             if math.isfinite(value):
-                lines.setdefault(f"{name} {label}".strip(), []).append((row[over], value))
+                lines.setdefault(label, []).append((row[over], value))
     return lines
 
 
 def _losses(row: Mapping[str, Any]) -> dict[str, float]:
-    return {name.replace("_", " "): value for name, value in row.items() if name.startswith("loss")}
+    return {name: value for name, value in row.items() if name.startswith("loss")}
 
 
 def _scores(row: Mapping[str, Any]) -> dict[str, float]:

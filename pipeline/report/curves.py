@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from infra.launcher import read_marker
-from pipeline.curves import read_history
+from pipeline.curves import loss_lines, read_history
 from pipeline.report.run import STAGES, TRAININGS
 
 # Geometry in SVG units, which are CSS pixels at full width.
@@ -32,7 +32,7 @@ class Series:
 
     label: str
     path: str
-    points: list[tuple[float, float, int, float]]
+    points: list[tuple[float, float, float, float]]
     last: float
 
 
@@ -56,11 +56,7 @@ def curves(root: Path) -> list[tuple[str, Chart | None]]:
 
 def _chart(root: Path, stage: str) -> Chart | None:
     history = read_history(root / stage / "out" / "metrics.jsonl")
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for row in history:
-        for name, value in row.items():
-            if name.startswith("loss") and math.isfinite(value):
-                lines.setdefault(name, []).append((row["step"], value))
+    lines = loss_lines(history)
     if not lines:
         return None
     values = [value for line in lines.values() for _, value in line]
