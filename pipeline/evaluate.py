@@ -1,5 +1,6 @@
 """``ird evaluate``: one command that measures any model on any folder of clean pictures, under a named protocol."""
 
+import itertools
 import json
 import math
 import time
@@ -114,35 +115,33 @@ def evaluate_folder(benchmark: Benchmark, options: EvaluateOptions, console: Con
             told = f"goes on after an evaluation that was interrupted: {kept.known} restored already in {options.out}"
             console.print(f"{told}; delete {UNFINISHED} there to begin anew", markup=False, soft_wrap=True)
     with status:
-        for task, make_input in tasks.items():
-            for name, path in files.items():
-                status.update(f"{len(rows) + 1} of {len(tasks) * len(files)}: {escape(name)}")
-                clean = read_clean(path, scale)
-                given = make_input(name, clean, benchmark.seed)
-                made = kept.find(task, name, given) if kept else None
-                if made is None:
-                    made = _restored(method, given)
-                    if kept:
-                        kept.keep(task, name, given, made)
-                restored = made.picture
-                before = bicubic(given, scale) if scale > 1 else given
-                row = {"task": task, "picture": name, "height": clean.shape[0], "width": clean.shape[1]}
-                row |= _compared(protocol, restored, clean, scale)
-                row |= {f"{key}_before": value for key, value in _compared(protocol, before, clean, scale).items()}
-                row |= {"seconds": made.seconds, "leak": leaks.get(name, ""), "note": made.note}
-                if pristine is not None:
-                    row["niqe"] = niqe(luma(restored), pristine, patches=None)
-                if distance is not None:
-                    row["lpips"] = distance(restored, clean)
-                rows.append(row)
-                if options.out:
-                    crops += crops_of(task, name, before, restored, clean)
-                console.print(_line(row), markup=False, highlight=False, soft_wrap=True)
+        for (task, make_input), (name, path) in itertools.product(tasks.items(), files.items()):
+            status.update(f"{len(rows) + 1} of {len(tasks) * len(files)}: {escape(name)}")
+            clean = read_clean(path, scale)
+            given = make_input(name, clean, benchmark.seed)
+            made = kept.find(task, name, given) if kept else None
+            if made is None:
+                made = _restored(method, given)
+                if kept:
+                    kept.keep(task, name, given, made)
+            restored = made.picture
+            before = bicubic(given, scale) if scale > 1 else given
+            row = {"task": task, "picture": name, "height": clean.shape[0], "width": clean.shape[1]}
+            row |= _compared(protocol, restored, clean, scale)
+            row |= {f"{key}_before": value for key, value in _compared(protocol, before, clean, scale).items()}
+            row |= {"seconds": made.seconds, "leak": leaks.get(name, ""), "note": made.note}
+            if pristine is not None:
+                row["niqe"] = niqe(luma(restored), pristine, patches=None)
+            if distance is not None:
+                row["lpips"] = distance(restored, clean)
+            rows.append(row)
+            if kept:
+                crops += crops_of(task, name, before, restored, clean)
+            console.print(_line(row), markup=False, highlight=False, soft_wrap=True)
     summary = _summary(rows, benchmark, protocol_name, options, model)
     _print(rows, summary, protocol, console)
-    if options.out:
-        _keep(Path(options.out), rows, summary, crops, protocol, options)
     if kept:
+        _keep(Path(options.out), rows, summary, crops, protocol, options)
         kept.finish()
         console.print(
             f"page, table, summary and restored pictures: {options.out}", markup=False, highlight=False, soft_wrap=True
